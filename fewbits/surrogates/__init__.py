@@ -1,0 +1,48 @@
+"""Surrogates: what stands for the derivative of the quantizer in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbits.surrogates._base import ElementwiseSurrogate, Surrogate
+from fewbits.surrogates.jacquant import JacQuant
+from fewbits.surrogates.stableqat import StableQAT
+from fewbits.surrogates.ste import STE, ClippedSTE
+
+SURROGATES: dict[str, type[Surrogate]] = {cls.name: cls for cls in (STE, ClippedSTE, StableQAT, JacQuant)}
+"""Every surrogate by the name that recipes use; a test asserts that it is complete."""
+
+
+def surrogate_from_dict(data: dict[str, Any] | str) -> Surrogate:
+    """Inverse of ``surrogate.to_dict()``; a plain name means the defaults; JacQuant also takes ``preset``.
+
+    Raises:
+        ValueError: for an unknown name or option.
+
+    Example:
+        >>> surrogate_from_dict({"name": "jacquant", "preset": "probe_rel", "group_size": 32}).group_size
+        32
+    """
+    data = {"name": data} if isinstance(data, str) else dict(data)
+    name = data.pop("name", None)
+    if name not in SURROGATES:
+        raise ValueError(f"unknown surrogate {name!r}; known surrogates: {', '.join(SURROGATES)}")
+    cls = SURROGATES[name]
+    options = set(cls.__dataclass_fields__) | ({"preset"} if cls is JacQuant else set())
+    if unknown := sorted(set(data) - options):
+        raise ValueError(f"surrogate {name!r} has no option {unknown[0]!r}; options: {', '.join(sorted(options)) or 'none'}")
+    if cls is JacQuant and "preset" in data:
+        return JacQuant.preset(data.pop("preset"), **data)
+    return cls(**data)
+
+
+__all__ = [
+    "STE",
+    "SURROGATES",
+    "ClippedSTE",
+    "ElementwiseSurrogate",
+    "JacQuant",
+    "StableQAT",
+    "Surrogate",
+    "surrogate_from_dict",
+]

@@ -1,0 +1,81 @@
+"""What a surrogate is: the stand-in for the derivative of the quantizer, with explicit state.
+
+A surrogate is a frozen value. It never sees, and never changes, the forward pass: it maps the gradient at the quantized
+weight to a gradient for the latent weight. Whatever it remembers lives in a dict of tensors that the layer keeps as
+buffers, so that checkpoints hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.grids import AnyGrid
+
+Edge = Literal["level", "bin", "none"]
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surrogate:
+    r"""Base of all surrogates: :math:`\nabla_w = \mathrm{pullback}(\nabla_{\hat w}, v)`, ``v = w / scale``.
+
+    Subclasses are final: they define ``name`` and :meth:`pullback`, and nothing subclasses them.
+    """
+
+    name: ClassVar[str]
+    needs_v: ClassVar[bool] = True
+    """Whether :meth:`pullback` reads ``v``; if not, the backward pass does not compute it."""
+
+    def init_state(self, shape: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors to remember for a weight of this shape; empty for most surrogates."""
+        del shape, device
+        return {}
+
+    def pullback(self, grad: Tensor, v: Tensor | None, grid: AnyGrid, state: State) -> Tensor:
+        """Gradient for the latent weight.
+
+        Args:
+            grad: gradient at the quantized weight, fp32, ``(out_features, in_features)``.
+            v: latent weight in steps, same shape (None if ``needs_v`` is False). Treated as a constant.
+            grid: the level set.
+            state: what :meth:`init_state` made.
+        """
+        raise AssertionError(f"{type(self).__name__} does not define pullback")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; :func:`fewbits.surrogates.surrogate_from_dict` is the inverse."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementwiseSurrogate(Surrogate):
+    """A surrogate that multiplies each entry of the gradient by a gain that depends on ``v`` alone."""
+
+    def gain(self, v: Tensor, grid: AnyGrid) -> Tensor:
+        """Replacement derivative of the quantizer at ``v``; same shape and dtype as ``v``."""
+        raise AssertionError(f"{type(self).__name__} does not define gain")
+
+    def pullback(self, grad: Tensor, v: Tensor | None, grid: AnyGrid, state: State) -> Tensor:
+        """``grad * gain(v)``."""
+        del state
+        assert v is not None
+        return grad * self.gain(v, grid)
+
+
+def inside(v: Tensor, grid: AnyGrid, edge: Edge) -> Tensor:
+    """Boolean mask of the weights within the outermost levels (``level``) or cells (``bin``); all for ``none``."""
+    if edge == "none":
+        return torch.ones_like(v, dtype=torch.bool)
+    low, high = grid.level_edge if edge == "level" else grid.bin_edge
+    return (v >= low) & (v <= high)
+
+
+def check_edge(edge: str) -> None:
+    """Refuse an unknown edge."""
+    if edge not in ("level", "bin", "none"):
+        raise ValueError(f"edge={edge!r} is unknown; use 'level', 'bin' or 'none'")

@@ -1,0 +1,190 @@
+"""JacQuant: a learned block-diagonal Jacobian, one scalar per group of weights (or per weight)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewbits.grids import AnyGrid
+from fewbits.scales import GroupView, stored_scale
+from fewbits.scheme import Scheme
+from fewbits.surrogates._base import State, Surrogate, inside
+from fewbits.surrogates.sensitivity import dither_exact, probe_products
+
+Mode = Literal["dither_exact", "dither_crn", "probe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JacQuant(Surrogate):
+    r"""Gradient :math:`B v` with a gain B that follows the measured sensitivity of the quantizer.
+
+    Every ``interval`` optimizer steps, per group g of ``group_size`` consecutive weights of a row,
+
+    .. math:: b_g \leftarrow (1 - \beta)\,b_g + \beta\,\hat b_g,
+
+    where :math:`\hat b_g` comes from one of three estimators at frozen scale: ``dither_exact`` (no noise; its mean is
+    the share of weights inside the outermost levels), ``dither_crn`` (finite difference under common dither) or
+    ``probe`` (finite difference of the hard quantizer). The EMA is of the raw estimate, clamped on use; B starts at 1.
+
+    Args:
+        mode: the estimator.
+        granularity: ``group`` (one scalar per group) or ``element``.
+        group_size: weights per gain, any positive number; the last group of a row may be short.
+        sigma: probe size, > 0; in steps (``sigma_unit="step"``) or in units of ``w`` (``"absolute"``).
+        num_probes: probes averaged per refresh.
+        interval: optimizer steps between refreshes, K.
+        beta: weight of the *new* estimate in the EMA, (0, 1].
+        clip_first: clip the estimate to [0, 1] before the EMA (the paper's literal order; biased, see the docs).
+        gain_min: lower clamp of the gain on use, in [0, 1].
+        compose_mask: multiply by the clip mask at the outermost levels too.
+        apply: ``grad`` multiplies the gradient (the paper); ``update`` multiplies the optimizer's step, which an
+            adaptive optimizer cannot cancel.
+        seed: of the estimator's own random stream.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Example:
+        >>> JacQuant.preset("paper_literal").sigma
+        0.0001
+
+    Reference: arXiv:2605.25469.
+    """
+
+    name: ClassVar[str] = "jacquant"
+    mode: Mode = "dither_exact"
+    granularity: Literal["group", "element"] = "group"
+    group_size: int = 128
+    sigma: float = 0.5
+    sigma_unit: Literal["step", "absolute"] = "step"
+    num_probes: int = 1
+    interval: int = 100
+    beta: float = 0.1
+    clip_first: bool = False
+    gain_min: float = 0.0
+    compose_mask: bool = False
+    apply: Literal["grad", "update"] = "grad"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str, ...]] = {
+            "mode": get_args(Mode),
+            "granularity": ("group", "element"),
+            "sigma_unit": ("step", "absolute"),
+            "apply": ("grad", "update"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key}={getattr(self, key)!r} is unknown; use one of {', '.join(allowed)}")
+        for key in ("group_size", "num_probes", "interval"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        if not self.sigma > 0:
+            raise ValueError(f"sigma={self.sigma} must be positive")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta} is outside [0, 1]; it is the weight of the new estimate")
+        if not 0 <= self.gain_min <= 1:
+            raise ValueError(f"gain_min={self.gain_min} is outside [0, 1]")
+
+    @classmethod
+    def preset(cls, preset: str, **changes: Any) -> JacQuant:
+        """``recommended``, ``probe_rel``, ``paper_literal`` or ``paper_decay``, with some fields changed."""
+        literal = cls(mode="probe", sigma=1e-4, sigma_unit="absolute", clip_first=True, beta=0.9)
+        presets = {
+            "recommended": cls(),
+            "probe_rel": cls(mode="probe"),
+            "paper_literal": literal,
+            "paper_decay": replace(literal, beta=0.1),
+        }
+        if preset not in presets:
+            raise ValueError(f"unknown preset {preset!r}; known presets: {', '.join(presets)}")
+        return replace(presets[preset], **changes)
+
+    @property
+    def needs_v(self) -> bool:  # type: ignore[override]
+        """Only the composed mask reads ``v``."""
+        return self.compose_mask
+
+    def _view(self, shape: Sequence[int]) -> GroupView:
+        return GroupView(tuple(shape), "per_group", 1 if self.granularity == "element" else self.group_size)
+
+    def init_state(self, shape: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """``gain``, fp32 ones: ``(rows, ceil(in_features / group_size))``, or the weight's shape per element."""
+        return {"gain": torch.ones(self._view(shape).scale_shape, device=device)}
+
+    def gain(self, state: State) -> Tensor:
+        """The gain in use: the EMA clamped to ``[gain_min, 1]``."""
+        return state["gain"].clamp(self.gain_min, 1.0)
+
+    def scale_by_gain(self, x: Tensor, state: State) -> Tensor:
+        """``x`` times the gain of its group."""
+        view = self._view(x.shape)
+        return view.merge(view.split(x) * self.gain(state)[..., None])
+
+    def pullback(self, grad: Tensor, v: Tensor | None, grid: AnyGrid, state: State) -> Tensor:
+        """``B * grad`` (times the clip mask if ``compose_mask``); ``grad`` itself if the gain goes to the update."""
+        if self.apply == "grad":
+            grad = self.scale_by_gain(grad, state)
+        if self.compose_mask:
+            assert v is not None
+            grad = grad * inside(v, grid, "level").to(grad.dtype)
+        return grad
+
+    @torch.no_grad()
+    def estimate(self, w: Tensor, scale: Tensor, scheme: Scheme, generator: torch.Generator) -> Tensor:
+        """The raw estimate, same shape as the gain; the scale is frozen at its stored value.
+
+        Args:
+            w: latent weight ``(out_features, in_features)``; cast to fp32, since a bf16 ``w + d`` may equal ``w``.
+            scale: raw scales ``(R, G)``.
+            scheme: the forward quantizer.
+            generator: CPU generator of the estimator's own stream.
+        """
+        x = scheme.rotation.apply(w.detach().float())
+        s = scheme.scale.view(w.shape).expand(stored_scale(scale.detach(), scheme.scale))
+        v = x / s
+        view = self._view(w.shape)
+        if self.mode == "dither_exact":
+            return view.split(dither_exact(v, scheme.grid)).sum(-1) / view.counts().to(v.device)
+        sigma: Tensor | float = self.sigma if self.sigma_unit == "absolute" else self.sigma * scheme.grid.step * s
+        num, den = probe_products(
+            v,
+            s,
+            scheme.grid,
+            sigma=sigma,
+            num_probes=self.num_probes,
+            generator=generator,
+            common_dither=self.mode == "dither_crn",
+        )
+        num, den = view.split(num).sum(-1), view.split(den).sum(-1)
+        return num / (den + 1e-12 * den.mean())
+
+    @torch.no_grad()
+    def refresh_(
+        self, state: State, w: Tensor, scale: Tensor, scheme: Scheme, generator: torch.Generator
+    ) -> dict[str, float]:
+        """One EMA step of the gain in place; returns statistics of the raw estimate and of the gain in use."""
+        raw = self.estimate(w, scale, scheme, generator)
+        new = raw.clamp(0, 1) if self.clip_first else raw
+        state["gain"].mul_(1 - self.beta).add_(new, alpha=self.beta)
+        return gain_statistics(raw, self.gain(state))
+
+
+def gain_statistics(raw: Tensor, gain: Tensor) -> dict[str, float]:
+    """Mean, standard deviation and quantiles of the gain in use, and the share of zero raw estimates."""
+    flat = gain.flatten().float()
+    if flat.numel() > 1_000_000:  # torch.quantile refuses more than 2**24 values; a regular sample is enough
+        flat = flat[:: flat.numel() // 1_000_000 + 1]
+    marks = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=flat.device)
+    quantiles = torch.quantile(flat, marks).tolist()
+    return {
+        "gain_mean": float(gain.mean()),
+        "gain_std": float(gain.std(correction=0)),
+        **{f"gain_q{q:02d}": value for q, value in zip((5, 25, 50, 75, 95), quantiles, strict=True)},
+        "zero_share": float((raw == 0).float().mean()),
+        "raw_mean": float(raw.mean()),
+    }
