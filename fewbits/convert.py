@@ -1,0 +1,330 @@
+"""Rules, ``prepare`` and ``convert``: how a model gets fake quantization, and how it is made real."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fewbits.nn import (
+    QATConv1D,
+    QATEmbedding,
+    QATLayer,
+    QATLinear,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedLinear,
+)
+from fewbits.scheme import Scheme
+from fewbits.surrogates import STE, Surrogate, surrogate_from_dict
+
+DEFAULT_IGNORE = ("lm_head",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which layers get which quantizer and surrogate.
+
+    Args:
+        pattern: shell-style pattern on module names (``*``, ``model.layers.*.mlp.*``), or a regular expression that
+            must match the whole name after the prefix ``re:``. The first rule that matches a layer wins.
+        scheme: a :class:`Scheme`, or text for :meth:`Scheme.parse`.
+        surrogate: a surrogate, its name, or its dict; the identity STE by default.
+        embeddings: whether the pattern also matches embeddings (a bare ``*`` should seldom mean them).
+
+    Raises:
+        ValueError: for a bad regular expression, scheme or surrogate.
+
+    Example:
+        >>> Rule(pattern="*.mlp.*", scheme="W2A16G64").scheme.name
+        'W2A16G64'
+    """
+
+    scheme: Scheme
+    pattern: str = "*"
+    surrogate: Surrogate = field(default_factory=STE)
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scheme, str):
+            object.__setattr__(self, "scheme", Scheme.parse(self.scheme))
+        elif isinstance(self.scheme, dict):
+            object.__setattr__(self, "scheme", Scheme.from_dict(self.scheme))
+        if isinstance(self.surrogate, str | dict):
+            object.__setattr__(self, "surrogate", surrogate_from_dict(self.surrogate))
+        if not isinstance(self.scheme, Scheme) or not isinstance(self.surrogate, Surrogate):
+            raise ValueError(f"rule {self.pattern!r} needs a Scheme and a Surrogate, got {self.scheme!r}, {self.surrogate!r}")
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; ``Rule(**data)`` is the inverse."""
+        return {
+            "pattern": self.pattern,
+            "scheme": self.scheme.to_dict(),
+            "surrogate": self.surrogate.to_dict(),
+            "embeddings": self.embeddings,
+        }
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module name matches a shell-style pattern, or a regular expression after ``re:``."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Linear layers, GPT-2's Conv1D and embeddings; subclasses with a forward pass of their own are left alone."""
+    return type(module) in (nn.Linear, Conv1D) or _is_embedding(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
+
+
+def _closest(pattern: str, names: Iterable[str]) -> str:
+    names = list(names)
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+    return ", ".join(near) or "(the model has no linear layer or embedding)"
+
+
+def select_layers(
+    model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str] | None = None
+) -> dict[str, tuple[Rule, nn.Module]]:
+    """The layers that the rules choose, in model order.
+
+    Raises:
+        ValueError: for a rule that chooses nothing, an ``ignore`` pattern that matches nothing, or an already prepared
+            model; near names are listed.
+    """
+    if any(isinstance(m, QATLayer | QuantizedLayer) for m in model.modules()):
+        raise ValueError("the model is already prepared or converted; start from the original checkpoint")
+    names = {name: m for name, m in model.named_modules() if is_quantizable(m)}
+    for pattern in ignore or ():
+        if not any(matches(pattern, name) for name in names):
+            raise ValueError(f"ignore pattern {pattern!r} matches no layer; near names: {_closest(pattern, names)}")
+    skip = DEFAULT_IGNORE if ignore is None else tuple(ignore)
+    chosen: dict[str, tuple[Rule, nn.Module]] = {}
+    used: set[int] = set()
+    for name, module in names.items():
+        if any(matches(pattern, name) for pattern in skip):
+            continue
+        for i, rule in enumerate(rules):
+            if matches(rule.pattern, name) and (rule.embeddings or not _is_embedding(module)):
+                chosen[name] = (rule, module)
+                used.add(i)
+                break
+    for i, rule in enumerate(rules):
+        if i in used:
+            continue
+        hit = [name for name in names if matches(rule.pattern, name)]
+        reason = (
+            f"it matches only {', '.join(hit[:3])}, which are ignored, taken by an earlier rule, or embeddings "
+            "(set embeddings=True)"
+            if hit
+            else f"near names: {_closest(rule.pattern, names)}"
+        )
+        raise ValueError(f"rule {rule.pattern!r} chooses no layer; {reason}")
+    return chosen
+
+
+def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[str] | None = None) -> nn.Module:
+    """Insert fake quantization, in place; names of parameters stay as they are.
+
+    Tied weights stay tied: if the rules choose one layer of a tied pair, the other one uses the same quantized weight
+    (there is one stored tensor). If the other one is to stay in full precision, untie first.
+
+    Args:
+        model: any module with linear layers, on real memory.
+        rules: the first rule that matches a layer wins.
+        ignore: patterns of layers to leave alone; ``["lm_head"]`` if None.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for rules that choose nothing, shapes that a scheme cannot take (nothing is changed then), a model
+            on the meta device, an already prepared model, or a tied pair of which one is ignored by the user.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8))
+        >>> _ = prepare(model, Rule(pattern="0", scheme="W2A16G64"))
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight', '0.weight_scale', '1.bias', '1.weight']
+    """
+    rules = [rules] if isinstance(rules, Rule) else list(rules)
+    if not rules:
+        raise ValueError("no rules: nothing to prepare; pass at least one Rule")
+    chosen = select_layers(model, rules, ignore)
+    for name, (rule, module) in chosen.items():
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        if weight.is_meta:
+            raise ValueError(f"{name}.weight is on the meta device; load the weights before prepare")
+        shape = tuple(weight.t().shape) if isinstance(module, Conv1D) else tuple(weight.shape)
+        rule.scheme.check_shape(shape, name=f"{name}.weight")
+    _add_tied_partners(model, chosen, ignore)
+    owners: dict[int, QATLayer] = {}
+    with torch.no_grad():
+        for name, (rule, module) in chosen.items():
+            new = _qat_layer(module)
+            new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)))
+            owners.setdefault(id(new.weight), new)
+            new.train(module.training)
+            _replace_(model, name, new)
+    _warn_if_little_is_quantized(model)
+    return model
+
+
+def _add_tied_partners(
+    model: nn.Module, chosen: dict[str, tuple[Rule, nn.Module]], ignore: Sequence[str] | None
+) -> None:
+    by_weight = {id(module.weight): rule for rule, module in chosen.values()}
+    for name, module in model.named_modules():
+        if name in chosen or not is_quantizable(module) or id(module.weight) not in by_weight:
+            continue
+        if any(matches(pattern, name) for pattern in ignore or ()):
+            partner = next(n for n, (_, m) in chosen.items() if m.weight is module.weight)
+            raise ValueError(
+                f"{name} is ignored but its weight is tied to {partner}, which a rule quantizes; drop {name} from "
+                "ignore, or untie the two before prepare"
+            )
+        chosen[name] = (by_weight[id(module.weight)], module)
+
+
+def _qat_layer(module: nn.Module) -> QATLayer:
+    """A training layer that shares the parameters of ``module``."""
+    new: QATLayer
+    if isinstance(module, nn.Embedding):
+        new = QATEmbedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+        new.embed_scale = float(getattr(module, "scalar_embed_scale", 1.0))
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            raise ValueError("embeddings with max_norm, sparse or scale_grad_by_freq cannot be quantized")
+    elif isinstance(module, Conv1D):
+        with torch.device("meta"):
+            new = QATConv1D(module.nf, module.nx)
+        new.bias = module.bias
+    else:
+        assert isinstance(module, nn.Linear)
+        new = QATLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        new.bias = module.bias
+    assert isinstance(module.weight, nn.Parameter)
+    new.weight = module.weight
+    return new
+
+
+def _replace_(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _warn_if_little_is_quantized(model: nn.Module) -> None:
+    """Fused experts and the like are plain parameters that no layer rule reaches: say so instead of skipping them."""
+    inside = {id(layer.weight) for _, layer in qat_layers(model)}
+    rest = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if id(p) not in inside and p.ndim >= 3 and p.numel() >= 2**16
+    }
+    if rest:
+        largest = sorted(rest, key=rest.__getitem__, reverse=True)[:3]
+        warnings.warn(
+            f"{sum(rest.values()):,} weights stay in full precision in parameters of 3 or more axes that are no linear "
+            f"layer, e.g. {', '.join(largest)}",
+            stacklevel=3,
+        )
+
+
+def qat_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
+    """Named training layers, in model order, tied ones included."""
+    for name, module in model.named_modules():
+        if isinstance(module, QATLayer):
+            yield name, module
+
+
+def owned_layers(model: nn.Module) -> Iterator[tuple[str, QATLayer]]:
+    """Named training layers that own their weight: each quantized tensor once."""
+    return ((name, layer) for name, layer in qat_layers(model) if layer.owner is layer)
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Named converted layers, in model order, tied ones included."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            yield name, module
+
+
+def empty_quantized(layer: nn.Module, scheme: Scheme, dtype: torch.dtype, device: Any = None) -> QuantizedLayer:
+    """A converted layer with empty buffers for a linear layer, Conv1D or embedding (trained or original)."""
+    if isinstance(layer, nn.Embedding):
+        scale = getattr(layer, "scalar_embed_scale", layer.embed_scale if isinstance(layer, QATEmbedding) else 1.0)
+        return QuantizedEmbedding(
+            scheme,
+            (layer.num_embeddings, layer.embedding_dim),
+            dtype,
+            padding_idx=layer.padding_idx,
+            embed_scale=float(scale),
+            device=device,
+        )
+    if isinstance(layer, Conv1D):
+        shape = (layer.nf, layer.nx)
+    else:
+        assert isinstance(layer, nn.Linear)
+        shape = (layer.out_features, layer.in_features)
+    return QuantizedLinear(scheme, shape, dtype, bias=layer.bias is not None, device=device)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Replace fake quantization by packed codes, in place; the logits do not change by a single bit.
+
+    Returns:
+        The same model, with :class:`~fewbits.nn.QuantizedLinear` and ``QuantizedEmbedding`` layers.
+
+    Raises:
+        ValueError: for a model without prepared layers, or weights that are not finite.
+
+    Example:
+        >>> model = prepare(nn.Sequential(nn.Linear(64, 8)), Rule(scheme="W2A16G64"))
+        >>> x = torch.ones(1, 64)
+        >>> before = model(x)
+        >>> torch.equal(convert(model)(x), before)
+        True
+    """
+    layers = list(qat_layers(model))
+    if not layers:
+        raise ValueError("the model has no prepared layer; call prepare first")
+    owners: dict[int, QuantizedLayer] = {}
+    with torch.no_grad():
+        qtensors = {name: layer.qtensor() for name, layer in layers if layer.owner is layer}
+        # owners first: a tied layer may come before the layer that it is tied to
+        for name, layer in sorted(layers, key=lambda item: item[1].owner is not item[1]):
+            new = empty_quantized(layer, layer.scheme, layer.owner.weight.dtype, layer.owner.weight.device)
+            if layer.owner is layer:
+                new.load_qtensor_(qtensors[name])
+                owners[id(layer)] = new
+            else:
+                drop_buffers_(new, owners[id(layer.owner)])
+            if getattr(layer, "bias", None) is not None:
+                new.bias = layer.bias
+            new.train(layer.training)
+            _replace_(model, name, new)
+    return model
+
+
+def drop_buffers_(layer: QuantizedLayer, owner: QuantizedLayer) -> None:
+    """Tie a converted layer to the one that holds the codes."""
+    for key in list(layer._buffers):
+        delattr(layer, key)
+    layer._owner = (owner,)

@@ -1,0 +1,266 @@
+"""Layers that hold a weight, its scale and its surrogate's state. No mathematics lives here.
+
+``QAT*`` layers train; ``Quantized*`` layers hold packed codes. Both keep the parameter names of the layer that they
+replace (``weight``, ``bias``) and add only names with the prefix ``weight_``.
+
+A layer whose weight is tied to another layer's owns nothing: it holds a reference to the owner and uses its weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fewbits.fake_quant import fake_quantize
+from fewbits.grids import Codebook
+from fewbits.numerics import STORED_DTYPE
+from fewbits.packing import pack_codes, packed_width, unpack_codes
+from fewbits.qtensor import QTensor, initial_scale, quantize
+from fewbits.scales import combine
+from fewbits.scheme import Scheme
+from fewbits.surrogates import Surrogate
+
+_STATE_PREFIX = "weight_state_"
+
+
+class QATLayer(nn.Module):
+    """Mixin of the three training layers: latent weight, raw scale, surrogate and its state.
+
+    Attributes:
+        scheme: the forward quantizer.
+        surrogate: the backward rule.
+        weight_scale: raw scales ``(R, G)`` fp32: a parameter if learned, a buffer if frozen, None if dynamic.
+        owner: the layer whose weight is tied to this one, or None.
+    """
+
+    scheme: Scheme
+    surrogate: Surrogate
+    weight: nn.Parameter
+    weight_scale: Tensor | None
+    transposed = False
+    fake_quant_enabled = True
+    _owner: tuple[QATLayer, ...] = ()
+
+    def setup_(self, scheme: Scheme, surrogate: Surrogate, owner: QATLayer | None = None) -> None:
+        """Attach scheme, surrogate and (unless tied to ``owner``) scale and state."""
+        self.scheme, self.surrogate = scheme, surrogate
+        if owner is not None:
+            self._owner = (owner,)  # in a tuple, so that torch does not register it as a submodule
+            return
+        w = self.latent()
+        scheme.check_shape(w.shape)
+        mode = scheme.scale.mode
+        scale = None if mode == "dynamic" else initial_scale(w, scheme)
+        if mode == "learned":
+            assert scale is not None
+            self.weight_scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("weight_scale", scale)
+        for key, value in surrogate.init_state(w.shape, w.device).items():
+            self.register_buffer(_STATE_PREFIX + key, value)
+
+    @property
+    def owner(self) -> QATLayer:
+        """The layer that holds the scale: itself, or the one that its weight is tied to."""
+        return self._owner[0] if self._owner else self
+
+    def latent(self) -> Tensor:
+        """The latent weight as ``(out_features, in_features)``."""
+        return self.weight.t() if self.transposed else self.weight
+
+    def state(self) -> dict[str, Tensor]:
+        """The surrogate's tensors (the buffers themselves)."""
+        skip = len(_STATE_PREFIX)
+        return {k[skip:]: v for k, v in self.owner._buffers.items() if k.startswith(_STATE_PREFIX) and v is not None}
+
+    def raw_scale(self) -> Tensor:
+        """Raw scales ``(R, G)``, found by the rule where they are dynamic."""
+        scale = self.owner.weight_scale
+        return initial_scale(self.owner.latent(), self.scheme) if scale is None else scale
+
+    def quantized_weight(self) -> Tensor:
+        """The weight that the forward pass uses, ``(out_features, in_features)``."""
+        owner = self.owner
+        w = owner.latent()
+        if not owner.fake_quant_enabled:
+            return w
+        return fake_quantize(w, self.scheme, owner.raw_scale(), self.surrogate, self.state())
+
+    def qtensor(self) -> QTensor:
+        """Codes and scales of the current weight."""
+        return quantize(self.owner.latent(), self.scheme, self.raw_scale())
+
+
+class QATLinear(QATLayer, nn.Linear):
+    """``nn.Linear`` with a fake-quantized weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ Q(weight).T + bias``."""
+        return nn.functional.linear(input, self.quantized_weight(), self.bias)
+
+
+class QATConv1D(QATLayer, Conv1D):
+    """GPT-2's transposed linear layer, weight ``(in_features, out_features)``, with a fake-quantized weight."""
+
+    transposed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ Q(weight) + bias``."""
+        return nn.functional.linear(x, self.quantized_weight(), self.bias)
+
+
+class QATEmbedding(QATLayer, nn.Embedding):
+    """``nn.Embedding`` (Gemma's scaled one too) with a fake-quantized table; rows are channels."""
+
+    embed_scale = 1.0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the quantized table."""
+        return _scaled(nn.functional.embedding(input, self.quantized_weight(), self.padding_idx), self.embed_scale)
+
+
+def _scaled(rows: Tensor, embed_scale: float) -> Tensor:
+    """Gemma's factor, rounded to the rows' dtype first, as the original layer does."""
+    return rows if embed_scale == 1.0 else rows * torch.tensor(embed_scale, dtype=rows.dtype, device=rows.device)
+
+
+def _register_packed_(layer: nn.Module, scheme: Scheme, shape: tuple[int, int], device: Any) -> None:
+    """Empty buffers of the right shapes and dtypes."""
+    spec = scheme.scale
+    rows, groups = spec.view(shape).scale_shape
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    layer.register_buffer("weight_packed", empty(shape[0], packed_width(shape[1], scheme.grid), dtype=torch.uint8))
+    stored = STORED_DTYPE[spec.dtype]
+    if spec.superblock is None:
+        layer.register_buffer("weight_scale", empty(rows, groups, dtype=stored))
+    else:
+        num_super = -(-shape[1] // spec.superblock)
+        layer.register_buffer("weight_super_scale", empty(rows, num_super, dtype=stored))
+        layer.register_buffer("weight_multipliers", empty(rows, groups, dtype=torch.uint8))
+    if isinstance(scheme.grid, Codebook):
+        layer.register_buffer("weight_codebook", torch.tensor(scheme.grid.codebook, device=device))
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of layers that hold packed codes; the weight is dequantized in the canonical order at every use.
+
+    Attributes:
+        scheme: the forward quantizer.
+        shape: ``(out_features, in_features)``.
+        dtype: what the dequantized weight is cast to.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    _owner: tuple[QuantizedLayer, ...] = ()
+
+    def setup_(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        owner: QuantizedLayer | None = None,
+        device: Any = None,
+    ) -> None:
+        """Attach the description and (unless tied to ``owner``) empty buffers."""
+        self.scheme, self.shape, self.dtype = scheme, (int(shape[0]), int(shape[1])), dtype
+        if owner is not None:
+            self._owner = (owner,)
+            return
+        _register_packed_(self, scheme, self.shape, device)
+
+    @property
+    def owner(self) -> QuantizedLayer:
+        """The layer that holds the codes."""
+        return self._owner[0] if self._owner else self
+
+    def load_qtensor_(self, q: QTensor) -> None:
+        """Fill the buffers from codes and scales."""
+        stored = STORED_DTYPE[self.scheme.scale.dtype]
+        self.weight_packed = pack_codes(q.codes, self.scheme.grid)
+        if q.super_scale is None:
+            self.weight_scale = q.scale.to(stored)
+        else:
+            self.weight_super_scale, self.weight_multipliers = q.super_scale.to(stored), q.multipliers
+
+    def qtensor(self) -> QTensor:
+        """Unpacked codes and scales.
+
+        Raises:
+            ValueError: if the buffers hold codes or scales that the scheme does not allow (a damaged file).
+        """
+        owner = self.owner
+        codes = unpack_codes(owner.weight_packed, self.shape[1], self.scheme.grid)
+        if isinstance(self.scheme.grid, Codebook):
+            held = tuple(owner.weight_codebook.float().tolist())
+            if held != self.scheme.grid.codebook:
+                raise ValueError(f"the stored codebook {held} differs from the scheme's {self.scheme.grid.codebook}")
+        spec = self.scheme.scale
+        if spec.superblock is None:
+            return QTensor(codes, owner.weight_scale.float(), self.scheme)
+        super_scale, multipliers = owner.weight_super_scale.float(), owner.weight_multipliers
+        return QTensor(codes, combine(super_scale, multipliers, spec), self.scheme, super_scale, multipliers)
+
+    def quantized_weight(self) -> Tensor:
+        """The dequantized weight in ``dtype``, ``(out_features, in_features)``."""
+        return self.qtensor().dequantize(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight; there is no latent one any more."""
+        return self.quantized_weight()
+
+
+class QuantizedLinear(QuantizedLayer):
+    """A linear layer on packed codes; ``bias`` keeps its name."""
+
+    def __init__(
+        self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool = False, device: Any = None
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = int(shape[0]), int(shape[1])
+        self.setup_(scheme, shape, dtype, device=device)
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input @ weight.T + bias``."""
+        return nn.functional.linear(input, self.quantized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme.name}"
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """An embedding on packed codes."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *,
+        padding_idx: int | None = None,
+        embed_scale: float = 1.0,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = int(shape[0]), int(shape[1])
+        self.padding_idx, self.embed_scale = padding_idx, embed_scale
+        self.setup_(scheme, shape, dtype, device=device)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the dequantized table."""
+        return _scaled(nn.functional.embedding(input, self.quantized_weight(), self.padding_idx), self.embed_scale)
+
+    def extra_repr(self) -> str:
+        """Shape and scheme."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme.name}"
