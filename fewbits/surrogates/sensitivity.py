@@ -27,16 +27,26 @@ def cell_width(v: Tensor, grid: AnyGrid) -> Tensor | float:
 def dither_exact(v: Tensor, grid: AnyGrid) -> Tensor:
     r"""Expectation of the uniform-dither Jacobian, without noise: :math:`[Q(v + h/2) - Q(v - h/2)]/h`, per entry.
 
-    Equals :math:`1\{q_{min} \le v \le q_{max}\}` on a uniform grid; the secant slope over the local cell of width h on
-    a codebook.
+    On a uniform grid this is :math:`1\{q_{min} \le v \le q_{max}\}`, and is computed as such: for a weight exactly on
+    a level (a zero weight, say) both terms sit on ties, and half-to-even would make the difference 0 or 2. On a
+    codebook it is the secant slope over the local cell of width h, a tie counting half for either side.
 
     Example:
         >>> from fewbits.grids import HalfShifted
-        >>> dither_exact(torch.tensor([0.0, 1.4, 1.6]), HalfShifted(2))
+        >>> dither_exact(torch.tensor([0.5, 1.4, 1.6]), HalfShifted(2))
         tensor([1., 1., 0.])
     """
+    if not isinstance(grid, Codebook):
+        low, high = grid.level_edge
+        return ((v >= low) & (v <= high)).to(v.dtype)
+    table = torch.tensor(grid.codebook, dtype=v.dtype, device=v.device)
+    middle = (table[1:] + table[:-1]) / 2
+
+    def nearest(x: Tensor) -> Tensor:
+        return (table[torch.bucketize(x, middle)] + table[torch.bucketize(x, middle, right=True)]) / 2
+
     h = cell_width(v, grid)
-    return (grid.project_(v + h / 2) - grid.project_(v - h / 2)) / h
+    return (nearest(v + h / 2) - nearest(v - h / 2)) / h
 
 
 def probe_products(

@@ -86,7 +86,7 @@ class StableQAT(ElementwiseSurrogate):
         check_edge(self.edge)
         if not 1 <= self.num_harmonics <= 16:
             raise ValueError(f"num_harmonics={self.num_harmonics} is outside 1..16")
-        limit = 1 / _shape_constants(self.num_harmonics)
+        limit = math.floor(1e6 / _shape_constants(self.num_harmonics)) / 1e6  # what the message says is what holds
         if not 0 <= self.amplitude < limit:
             raise ValueError(
                 f"amplitude={self.amplitude} makes the gain zero or negative on a level, or its denominator vanish; "
