@@ -61,7 +61,9 @@ class Rule:
         if isinstance(self.surrogate, str | dict):
             object.__setattr__(self, "surrogate", surrogate_from_dict(self.surrogate))
         if not isinstance(self.scheme, Scheme) or not isinstance(self.surrogate, Surrogate):
-            raise ValueError(f"rule {self.pattern!r} needs a Scheme and a Surrogate, got {self.scheme!r}, {self.surrogate!r}")
+            raise ValueError(
+                f"rule {self.pattern!r} needs a Scheme and a Surrogate, got {self.scheme!r}, {self.surrogate!r}"
+            )
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])

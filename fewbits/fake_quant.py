@@ -68,7 +68,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def scale_gradient_factor(scheme: Scheme, shape: torch.Size) -> Tensor:
-    r"""LSQ's gradient scale :math:`1/\sqrt{n_g\,q_p}` per group, shape (G,); ``q_p`` is the largest whole level, >= 1."""
+    r"""LSQ's gradient scale :math:`1/\sqrt{n_g\,q_p}` per group, shape (G,); ``q_p``: largest whole level, >= 1."""
     qp = max(1.0, math.floor(scheme.grid.max_level))
     return 1 / (scheme.scale.view(shape).counts().float() * qp).sqrt()
 

@@ -38,7 +38,7 @@ class QATLayer(nn.Module):
 
     scheme: Scheme
     surrogate: Surrogate
-    weight: nn.Parameter
+    weight: Tensor
     weight_scale: Tensor | None
     transposed = False
     fake_quant_enabled = True
@@ -106,6 +106,7 @@ class QATConv1D(QATLayer, Conv1D):
     """GPT-2's transposed linear layer, weight ``(in_features, out_features)``, with a fake-quantized weight."""
 
     transposed = True
+    weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         """``x @ Q(weight) + bias``."""
@@ -159,6 +160,11 @@ class QuantizedLayer(nn.Module):
     scheme: Scheme
     shape: tuple[int, int]
     dtype: torch.dtype
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_super_scale: Tensor
+    weight_multipliers: Tensor
+    weight_codebook: Tensor
     _owner: tuple[QuantizedLayer, ...] = ()
 
     def setup_(
@@ -186,7 +192,7 @@ class QuantizedLayer(nn.Module):
         """Fill the buffers from codes and scales."""
         stored = STORED_DTYPE[self.scheme.scale.dtype]
         self.weight_packed = pack_codes(q.codes, self.scheme.grid)
-        if q.super_scale is None:
+        if q.super_scale is None or q.multipliers is None:
             self.weight_scale = q.scale.to(stored)
         else:
             self.weight_super_scale, self.weight_multipliers = q.super_scale.to(stored), q.multipliers

@@ -66,7 +66,9 @@ def round_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
 def is_representable(scale: Tensor, dtype: ScaleDtype) -> bool:
     """Whether every scale is finite, positive and unchanged by :func:`round_scale`."""
     scale = scale.float()
-    return bool(torch.isfinite(scale).all()) and bool((scale > 0).all()) and torch.equal(round_scale(scale, dtype), scale)
+    return (
+        bool(torch.isfinite(scale).all()) and bool((scale > 0).all()) and torch.equal(round_scale(scale, dtype), scale)
+    )
 
 
 def sqnr_db(reference: Tensor, approximation: Tensor) -> float:

@@ -119,7 +119,9 @@ def quantize(w: Tensor, scheme: Scheme, scale: Tensor | None = None) -> QTensor:
     view = spec.view(w.shape)
     raw = find_scale(rotated, scheme.grid, spec) if scale is None else scale.detach().float()
     if tuple(raw.shape) != view.scale_shape:
-        raise ValueError(f"scale has shape {tuple(raw.shape)}; {scheme.name} of {tuple(w.shape)} needs {view.scale_shape}")
+        raise ValueError(
+            f"scale has shape {tuple(raw.shape)}; {scheme.name} of {tuple(w.shape)} needs {view.scale_shape}"
+        )
     super_scale, multipliers = (None, None) if spec.superblock is None else double_quantize(raw, spec)
     s = stored_scale(raw, spec)
     codes = view.merge(scheme.grid.encode(view.split(rotated) / s[..., None]))

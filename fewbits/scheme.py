@@ -57,8 +57,8 @@ class Scheme:
 
         Args:
             text: for example ``W2A16G64``.
-            **overrides: fields of :class:`ScaleSpec` (``rule="absmean"``, ``mode=..``, ``dtype=..``, ``superblock=..``),
-                or ``grid``, ``rotation``.
+            **overrides: fields of :class:`ScaleSpec` (``rule="absmean"``, ``mode=..``, ``dtype=..``,
+                ``superblock=..``), or ``grid``, ``rotation``.
 
         Raises:
             ValueError: for a text that does not match, or an unknown override.

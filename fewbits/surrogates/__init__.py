@@ -30,7 +30,9 @@ def surrogate_from_dict(data: dict[str, Any] | str) -> Surrogate:
     cls = SURROGATES[name]
     options = set(cls.__dataclass_fields__) | ({"preset"} if cls is JacQuant else set())
     if unknown := sorted(set(data) - options):
-        raise ValueError(f"surrogate {name!r} has no option {unknown[0]!r}; options: {', '.join(sorted(options)) or 'none'}")
+        raise ValueError(
+            f"surrogate {name!r} has no option {unknown[0]!r}; options: {', '.join(sorted(options)) or 'none'}"
+        )
     if cls is JacQuant and "preset" in data:
         return JacQuant.preset(data.pop("preset"), **data)
     return cls(**data)
