@@ -1,0 +1,110 @@
+"""Losses of a quantized student: cross-entropy on labels, KL to a frozen teacher, mixed by weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def _mean_over_labels(values: Tensor, labels: Tensor) -> Tensor:
+    kept = labels != IGNORE_INDEX
+    return (values * kept).sum() / kept.sum().clamp_min(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Mean of :math:`-\log p(\mathrm{label})` in nats over labels that are not -100.
+
+    Args:
+        logits: ``(..., vocab)``, already aligned with ``labels``; computed in fp32.
+        labels: ``(...)`` token ids, -100 where no loss is wanted (prompt tokens, padding).
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item().__round__(4)
+        1.3863
+    """
+    flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return _mean_over_labels(flat.view(labels.shape), labels)
+
+
+def kl_divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    r"""Forward KL to the teacher, :math:`\tau^2\,\mathrm{KL}(\mathrm{softmax}(z_T/\tau)\,\|\,\mathrm{softmax}(z_S/\tau))`.
+
+    The mean over labels that are not -100, in nats (times :math:`\tau^2`, so that gradients keep their size: the
+    gradient for the student's logits is :math:`\tau(p_S - p_T)` per token). The teacher's logits are detached.
+
+    Args:
+        logits: student ``(..., vocab)``.
+        teacher_logits: same shape.
+        labels: ``(...)``; only their -100 entries matter.
+        temperature: :math:`\tau` > 0.
+
+    Example:
+        >>> p, q = torch.tensor([[.9, .1]]).log(), torch.tensor([[.5, .5]]).log()
+        >>> kl_divergence(q, p, torch.tensor([0])).item().__round__(5)
+        0.36806
+
+    Reference: Hinton et al., arXiv:1503.02531.
+    """
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    return _mean_over_labels((teacher.exp() * (teacher - student)).sum(-1), labels) * temperature**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    r"""``cross_entropy * CE + kl * KL`` with the teacher at ``temperature``.
+
+    Args:
+        cross_entropy: weight of the labels' loss, >= 0.
+        kl: weight of the distillation loss, >= 0; needs a teacher.
+        temperature: of the distillation, > 0.
+
+    Raises:
+        ValueError: for negative or all-zero weights, or a temperature that is not positive.
+    """
+
+    cross_entropy: float = 0.0
+    kl: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.cross_entropy < 0 or self.kl < 0 or self.cross_entropy + self.kl == 0:
+            raise ValueError(
+                f"objective weights cross_entropy={self.cross_entropy}, kl={self.kl} must be >= 0 and not both 0"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be positive")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether teacher logits are read."""
+        return self.kl > 0
+
+    def __call__(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """The loss of next-token prediction; logits at position t are scored on the label at t + 1."""
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if self.cross_entropy:
+            loss = loss + self.cross_entropy * cross_entropy(logits, labels)
+        if self.kl:
+            if teacher_logits is None:
+                raise ValueError("the objective distils (kl > 0) but there is no teacher; pass one or set kl=0")
+            if teacher_logits[:, :-1].shape != logits.shape:
+                raise ValueError(
+                    f"teacher logits {tuple(teacher_logits[:, :-1].shape)} and student logits {tuple(logits.shape)} differ; "
+                    "teacher and student need the same vocabulary"
+                )
+            loss = loss + self.kl * kl_divergence(
+                logits, teacher_logits[:, :-1], labels, temperature=self.temperature
+            )
+        return loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)

@@ -1,0 +1,156 @@
+"""QATCallback: everything that fewbits does around an optimizer step, for any transformers Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fewbits.convert import owned_layers
+from fewbits.nn import QATLayer
+from fewbits.surrogates import JacQuant
+from fewbits.training.metrics import MetricsFile
+from fewbits.training.telemetry import Telemetry
+
+
+def refresh_generator(seed: int, layer: str, step: int) -> torch.Generator:
+    """The estimator's own random stream: a function of seed, layer and step, so that ranks and resumed runs agree."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+class QATCallback(TrainerCallback):
+    """Refreshes JacQuant's gain, applies it to updates, and records telemetry.
+
+    Put it into the ``callbacks`` of your own Trainer; :class:`~fewbits.training.QATTrainer` brings it along.
+
+    Args:
+        metrics_path: ``metrics.jsonl`` to append to, or None.
+        telemetry_interval: optimizer steps between looks at layers whose surrogate has no interval of its own.
+
+    Example:
+        >>> QATCallback(telemetry_interval=50).telemetry_interval
+        50
+    """
+
+    def __init__(self, metrics_path: str | Path | None = None, *, telemetry_interval: int = 100) -> None:
+        if telemetry_interval < 1:
+            raise ValueError(f"telemetry_interval={telemetry_interval} must be at least 1")
+        self.metrics = None if metrics_path is None else MetricsFile(metrics_path)
+        self.telemetry_interval = telemetry_interval
+        self.telemetry = Telemetry()
+        self.last: dict[str, dict[str, float]] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the start; after a resume, drop metrics of steps that will run again."""
+        model = extract_model_from_parallel(kwargs["model"])
+        if not any(True for _ in owned_layers(model)):
+            raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
+        self.telemetry.start(model)
+        if self.metrics is not None and state.is_world_process_zero:
+            self.metrics.resume_at(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the weights whose update is to be multiplied by the gain."""
+        model = extract_model_from_parallel(kwargs["model"])
+        self._before = {name: layer.weight.detach().clone() for name, layer in owned_layers(model) if _on_update(layer)}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Multiply the optimizer's step by the gain: ``w <- w0 + b (w - w0)``."""
+        if not self._before:
+            return
+        model = extract_model_from_parallel(kwargs["model"])
+        with torch.no_grad():
+            for name, layer in owned_layers(model):
+                if name in self._before:
+                    scale_update_(layer, self._before[name])
+        self._before = {}
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refresh gains and look at layers whose interval is over."""
+        step = state.global_step
+        looked: dict[str, dict[str, float]] = {}
+        for name, layer in owned_layers(extract_model_from_parallel(kwargs["model"])):
+            interval = layer.surrogate.interval if isinstance(layer.surrogate, JacQuant) else self.telemetry_interval
+            if step % interval:
+                continue
+            looked[name] = self.telemetry.look(name, layer)
+            if isinstance(layer.surrogate, JacQuant):
+                generator = refresh_generator(layer.surrogate.seed, name, step)
+                looked[name] |= layer.surrogate.refresh_(
+                    layer.state(), layer.latent(), layer.raw_scale(), layer.scheme, generator
+                )
+        if looked:
+            self.last = looked
+            if self.metrics is not None and state.is_world_process_zero:
+                self.metrics.write(step, {**mean_over_layers(looked), "layers": looked})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append the trainer's own logs."""
+        if self.metrics is not None and logs and state.is_world_process_zero and "train_runtime" not in logs:
+            self.metrics.write(state.global_step, dict(logs))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the telemetry's state beside the checkpoint."""
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            self.telemetry.save(folder)
+
+
+def _on_update(layer: QATLayer) -> bool:
+    return isinstance(layer.surrogate, JacQuant) and layer.surrogate.apply == "update" and layer.weight.requires_grad
+
+
+@torch.no_grad()
+def scale_update_(layer: QATLayer, before: Tensor) -> None:
+    """Replace the step that the optimizer just made by the gain times that step, in place."""
+    assert isinstance(layer.surrogate, JacQuant)
+    w = layer.weight
+    update = w - before
+    if layer.transposed:
+        update = layer.surrogate.scale_by_gain(update.t().float(), layer.state()).t()
+    else:
+        update = layer.surrogate.scale_by_gain(update.float(), layer.state())
+    w.copy_(before + update.to(w.dtype))
+
+
+def mean_over_layers(looked: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Plain mean over layers of every statistic, with the prefix ``qat/``."""
+    keys = sorted({key for values in looked.values() for key in values})
+    result = {}
+    for key in keys:
+        values = [v[key] for v in looked.values() if key in v]
+        result[f"qat/{key}"] = sum(values) / len(values)
+    return result
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter that holds a NaN or an infinity, or whose gradient does; None if all are finite."""
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(p).all()):
+            return name
+    for name, p in model.named_parameters():
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            return f"gradient of {name}"
+    return None

@@ -1,0 +1,162 @@
+"""QATTrainer: transformers' Trainer with parameter groups, distillation and a watch on the loss."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from fewbits.convert import owned_layers
+from fewbits.objectives import Objective
+from fewbits.optim.groups import parameter_groups
+from fewbits.training.callback import QATCallback, first_non_finite
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite; the message names the step, the layer and the last good checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QATSettings:
+    """What QAT needs beyond ``transformers.TrainingArguments`` (whose ``learning_rate`` is that of latent weights).
+
+    Args:
+        objective: the loss.
+        scale_learning_rate: of learned scales; None means the latent weights' rate.
+        rest_learning_rate: of norms, biases and embeddings in full precision; 0 leaves them fixed; None as above.
+        telemetry_interval: optimizer steps between looks at the layers.
+
+    Raises:
+        ValueError: for negative rates.
+    """
+
+    objective: Objective = Objective()
+    scale_learning_rate: float | None = None
+    rest_learning_rate: float | None = None
+    telemetry_interval: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("scale_learning_rate", "rest_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must be a finite number >= 0")
+        if self.telemetry_interval < 1:
+            raise ValueError(f"telemetry_interval={self.telemetry_interval} must be at least 1")
+
+
+class QATTrainer(Trainer):
+    """``transformers.Trainer`` for a prepared model: DDP, resume, logging and accumulation are the Trainer's own.
+
+    Args:
+        model: a model after :func:`fewbits.prepare`.
+        args: the Trainer's arguments; ``metrics.jsonl`` is written to ``args.output_dir``.
+        teacher: frozen full-precision model for distillation; it is put into eval mode and gets no gradient.
+        settings: objective and learning rates.
+        **kwargs: passed to ``Trainer`` (``train_dataset``, ``eval_dataset``, ``callbacks``, ...).
+
+    Raises:
+        ValueError: for a model that is not prepared, a missing teacher, or a teacher that shares tensors with the model.
+    """
+
+    loss_is_scaled_for_ga = False  # compute_loss returns a per-batch mean
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        teacher: nn.Module | None = None,
+        settings: QATSettings | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.settings = settings or QATSettings()
+        if not any(True for _ in owned_layers(model)):
+            raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
+        if self.settings.objective.needs_teacher and teacher is None:
+            raise ValueError(
+                "the objective distils (kl > 0) but there is no teacher; pass teacher= (for example a deepcopy of the "
+                "model before prepare) or Objective(cross_entropy=1, kl=0)"
+            )
+        if teacher is not None:
+            shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in teacher.parameters()}
+            if shared:
+                raise ValueError("teacher and model share tensors; deepcopy the model before prepare")
+            teacher.eval().requires_grad_(False)
+        kwargs.setdefault("data_collator", default_data_collator)
+        super().__init__(model=model, args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+        self.qat_callback = QATCallback(
+            Path(self.args.output_dir or ".") / "metrics.jsonl", telemetry_interval=self.settings.telemetry_interval
+        )
+        self.add_callback(self.qat_callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer that ``args.optim`` names, over the three groups."""
+        if self.optimizer is None:
+            opt_model: nn.Module = self.model if model is None else model
+            rate = self.args.learning_rate
+            s = self.settings
+            groups = parameter_groups(
+                opt_model,
+                learning_rate=rate,
+                scale_learning_rate=rate if s.scale_learning_rate is None else s.scale_learning_rate,
+                rest_learning_rate=rate if s.rest_learning_rate is None else s.rest_learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            if unsupported := {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(f"optim={self.args.optim!r} builds its own groups ({', '.join(unsupported)}); use another")
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective; stops at the first loss that is not finite while training."""
+        del num_items_in_batch
+        labels = inputs["labels"]
+        rest = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = model(**rest)
+        teacher_logits = None
+        if self.teacher is not None and self.settings.objective.needs_teacher:
+            with torch.no_grad():
+                teacher_logits = self.teacher(**rest).logits
+        loss = self.settings.objective(outputs.logits, labels, teacher_logits)
+        if model.training and not bool(torch.isfinite(loss)):
+            raise TrainingDiverged(self._diagnosis(float(loss)))
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def _diagnosis(self, loss: float) -> str:
+        culprit = first_non_finite(self.model) or "no parameter; the activations overflow"
+        folders = sorted(Path(self.args.output_dir or ".").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        kept = f"the last good checkpoint is {folders[-1].name}" if folders else "no checkpoint had been written"
+        return (
+            f"the loss is {loss} at step {self.state.global_step + 1}; first non-finite: {culprit}; {kept}. "
+            "Lower learning_rate, warm up longer, or set max_grad_norm"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but a checkpoint that could not be finished (disk full) is removed, not left half-written."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            folder = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+                raise OSError(f"checkpoint at step {self.state.global_step} could not be written: {error}") from error
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.qat_callback.telemetry.load(Path(resume_from_checkpoint))
