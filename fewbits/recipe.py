@@ -1,0 +1,246 @@
+"""Recipe: everything that a run is made of, as one validated value; YAML on disk, ``key=value`` on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fewbits.convert import Rule
+from fewbits.objectives import Objective
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RuleSpec(_Part):
+    """One rule as text: see :class:`fewbits.Rule`."""
+
+    pattern: str = "*"
+    scheme: str | dict[str, Any] = "W2A16G64"
+    options: dict[str, Any] = Field(default_factory=dict, description="overrides for Scheme.parse, e.g. rule: absmean")
+    surrogate: str | dict[str, Any] = "ste"
+    embeddings: bool = False
+
+    def build(self) -> Rule:
+        """The rule itself."""
+        from fewbits.rotations import Rotation
+        from fewbits.scheme import Scheme
+        from fewbits.surrogates import surrogate_from_dict
+
+        options = dict(self.options)
+        if isinstance(options.get("rotation"), str):
+            options["rotation"] = Rotation(kind=options["rotation"])
+        elif isinstance(options.get("rotation"), dict):
+            options["rotation"] = Rotation(**options["rotation"])
+        if isinstance(self.scheme, dict):
+            if options:
+                raise ValueError("options go with a scheme given as text; put them into the scheme's mapping instead")
+            scheme = Scheme.from_dict(self.scheme)
+        else:
+            scheme = Scheme.parse(self.scheme, **options)
+        return Rule(
+            pattern=self.pattern,
+            scheme=scheme,
+            surrogate=surrogate_from_dict(self.surrogate),
+            embeddings=self.embeddings,
+        )
+
+
+class DataSpec(_Part):
+    """Where the text comes from.
+
+    ``source``: ``embedded`` (the standard library's documentation), ``self`` (samples of the teacher), ``text`` (a file
+    or folder at ``path``) or ``dataset`` (``path`` for ``datasets.load_dataset``, with ``name``, ``split``, ``column``).
+    """
+
+    source: Literal["embedded", "self", "text", "dataset"] = "embedded"
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    column: str = "text"
+    eval_path: str | None = Field(None, description="text file or folder to evaluate on; else a part is held out")
+    block_size: int = Field(256, ge=2)
+    max_tokens: int | None = Field(None, ge=1)
+    eval_tokens: int = Field(16_384, ge=2)
+    holdout: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> DataSpec:
+        if (self.source in ("text", "dataset")) != (self.path is not None):
+            raise ValueError(f"data.path={self.path!r} with data.source={self.source!r}: text and dataset need a path")
+        if self.source == "self" and self.max_tokens is None:
+            raise ValueError("data.source='self' needs data.max_tokens: how many tokens to sample")
+        return self
+
+
+class TrainSpec(_Part):
+    """How it is trained; names are those of ``transformers.TrainingArguments`` where one exists."""
+
+    max_steps: int = Field(200, ge=1)
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    scale_learning_rate: float | None = Field(None, ge=0)
+    rest_learning_rate: float | None = Field(None, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = Field(10, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    optim: str = "adamw_torch"
+    save_steps: int | None = Field(None, ge=1)
+    save_total_limit: int | None = Field(2, ge=1)
+    logging_steps: int = Field(10, ge=1)
+    telemetry_interval: int = Field(50, ge=1)
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    freeze: list[str] = Field(default_factory=list, description="patterns of parameter names that stay fixed")
+
+
+class ObjectiveSpec(_Part):
+    """Weights of the loss, see :class:`fewbits.objectives.Objective`."""
+
+    cross_entropy: float = Field(0.0, ge=0)
+    kl: float = Field(1.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+
+    def build(self) -> Objective:
+        """The objective itself."""
+        return Objective(cross_entropy=self.cross_entropy, kl=self.kl, temperature=self.temperature)
+
+
+class Recipe(_Part):
+    """A whole run.
+
+    Example:
+        >>> Recipe.parse("rules: [{scheme: W1.58A16G256}]", ["train.max_steps=50"]).train.max_steps
+        50
+    """
+
+    model: str = Field("embedded", description="'embedded', 'smollm2', a local folder or a hub id")
+    teacher: str | None = Field(None, description="None: the model itself before quantization")
+    trust_remote_code: bool = False
+    target: str = Field("hf", description="the engine format that must hold the result without loss")
+    rules: list[RuleSpec] = Field(default_factory=lambda: [RuleSpec()], min_length=1)
+    ignore: list[str] | None = None
+    data: DataSpec = DataSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    train: TrainSpec = TrainSpec()
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _parts_build(self) -> Recipe:
+        for rule in self.rules:
+            rule.build()
+        self.objective.build()
+        return self
+
+    @classmethod
+    def parse(cls, text: str, overrides: Sequence[str] = ()) -> Recipe:
+        """Read YAML and apply ``key=value`` overrides (dotted keys, list indices as numbers, YAML values).
+
+        Raises:
+            ValueError: for YAML that is not a mapping, unknown keys (near names are listed), or values out of range.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the recipe is not YAML: {error}") from None
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise ValueError(f"a recipe is a mapping of keys; got {type(data).__name__}")
+        for override in overrides:
+            _apply_override(data, override)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML file, or a shipped recipe by its name.
+
+        Raises:
+            ValueError: if neither exists.
+        """
+        path = Path(path)
+        if not path.is_file() and str(path) in shipped_recipes():
+            text = shipped_recipes()[str(path)]
+        elif path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            near = difflib.get_close_matches(str(path), shipped_recipes(), n=3)
+            hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped recipes: {', '.join(shipped_recipes())}"
+            raise ValueError(f"recipe {str(path)!r} is neither a file nor a shipped recipe{hint}")
+        return cls.parse(text, overrides)
+
+    def to_yaml(self) -> str:
+        """Every field written out, so that a run folder says what ran even if defaults change."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name to YAML text of every recipe in the package."""
+    folder = resources.files("fewbits") / "recipes"
+    found = [entry for entry in folder.iterdir() if entry.name.endswith(".yaml")]
+    return {entry.name[:-5]: entry.read_text(encoding="utf-8") for entry in sorted(found, key=lambda e: e.name)}
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} is not of the form key=value, e.g. train.max_steps=50")
+    *parents, last = key.split(".")
+    node: Any = data
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+            continue
+        if part == "rules" and not node.get("rules"):
+            node["rules"] = [{}]
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a mapping")
+    parsed = yaml.safe_load(value)
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    if isinstance(node, list):
+        node[_index(node, last, override)] = parsed
+    else:
+        node[last] = parsed
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ValueError(f"override {override!r}: {part!r} is not an index below {len(node)}")
+    return int(part)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where.split(".")[-1], _known_keys(), n=2)
+            message = "unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        else:
+            message += f" (got {problem['input']!r})" if problem["type"] != "value_error" else ""
+        lines.append(f"{where}: {message}")
+    return "\n".join(lines)
+
+
+def _known_keys() -> list[str]:
+    return sorted({k for part in (Recipe, RuleSpec, DataSpec, TrainSpec, ObjectiveSpec) for k in part.model_fields})
