@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from fewbits.surrogates._base import ElementwiseSurrogate, Surrogate
+from fewbits.surrogates.dsq import DSQ
+from fewbits.surrogates.ewgs import EWGS
 from fewbits.surrogates.jacquant import JacQuant
+from fewbits.surrogates.rotation_trick import RotationTrick
 from fewbits.surrogates.stableqat import StableQAT
 from fewbits.surrogates.ste import STE, ClippedSTE
 
-SURROGATES: dict[str, type[Surrogate]] = {cls.name: cls for cls in (STE, ClippedSTE, StableQAT, JacQuant)}
+SURROGATES: dict[str, type[Surrogate]] = {
+    cls.name: cls for cls in (STE, ClippedSTE, StableQAT, DSQ, EWGS, RotationTrick, JacQuant)
+}
 """Every surrogate by the name that recipes use; a test asserts that it is complete."""
 
 
@@ -39,11 +44,14 @@ def surrogate_from_dict(data: dict[str, Any] | str) -> Surrogate:
 
 
 __all__ = [
+    "DSQ",
+    "EWGS",
     "STE",
     "SURROGATES",
     "ClippedSTE",
     "ElementwiseSurrogate",
     "JacQuant",
+    "RotationTrick",
     "StableQAT",
     "Surrogate",
     "surrogate_from_dict",

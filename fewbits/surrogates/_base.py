@@ -7,6 +7,7 @@ buffers, so that checkpoints hold it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from fewbits.grids import AnyGrid
 
-Edge = Literal["level", "bin", "none"]
+Edge = Literal["level", "bin", "none"] | float
+"""Where a clip mask ends: a name, or a positive multiple of the outermost levels."""
 State = Mapping[str, Tensor]
 
 
@@ -68,14 +70,24 @@ class ElementwiseSurrogate(Surrogate):
 
 
 def inside(v: Tensor, grid: AnyGrid, edge: Edge) -> Tensor:
-    """Boolean mask of the weights within the outermost levels (``level``) or cells (``bin``); all for ``none``."""
+    """Boolean mask of the weights that a clip mask lets through.
+
+    ``level``: within the outermost levels; ``bin``: within the outermost cells; ``none``: all; a number: within that
+    multiple of the outermost levels.
+    """
     if edge == "none":
         return torch.ones_like(v, dtype=torch.bool)
-    low, high = grid.level_edge if edge == "level" else grid.bin_edge
+    if isinstance(edge, str):
+        low, high = grid.level_edge if edge == "level" else grid.bin_edge
+    else:
+        low, high = (float(edge) * level for level in grid.level_edge)
     return (v >= low) & (v <= high)
 
 
-def check_edge(edge: str) -> None:
+def check_edge(edge: Edge) -> None:
     """Refuse an unknown edge."""
-    if edge not in ("level", "bin", "none"):
-        raise ValueError(f"edge={edge!r} is unknown; use 'level', 'bin' or 'none'")
+    if isinstance(edge, str):
+        if edge not in ("level", "bin", "none"):
+            raise ValueError(f"edge={edge!r} is unknown; use 'level', 'bin', 'none' or a positive number")
+    elif isinstance(edge, bool) or not isinstance(edge, int | float) or not (math.isfinite(edge) and edge > 0):
+        raise ValueError(f"edge={edge!r} must be a name or a positive finite multiple of the outermost level")

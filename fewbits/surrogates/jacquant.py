@@ -13,7 +13,7 @@ from fewbits.grids import AnyGrid
 from fewbits.scales import GroupView, stored_scale
 from fewbits.scheme import Scheme
 from fewbits.surrogates._base import State, Surrogate, inside
-from fewbits.surrogates.sensitivity import dither_exact, probe_products
+from fewbits.surrogates.sensitivity import Law, check_law, dither_exact, needs_refresh, probe_products
 
 Mode = Literal["dither_exact", "dither_crn", "probe"]
 
@@ -30,13 +30,23 @@ class JacQuant(Surrogate):
     the share of weights inside the outermost levels), ``dither_crn`` (finite difference under common dither) or
     ``probe`` (finite difference of the hard quantizer). The EMA is of the raw estimate, clamped on use; B starts at 1.
 
+    With ``refresh="drift"`` a layer refreshes when its weights have moved far enough instead of every ``interval``
+    steps: at multiples of ``check_interval``, if mean abs(w - w_last) exceeds ``drift_steps`` cells (the first check
+    always refreshes). This keeps one more fp32 copy of the weight.
+
     Args:
         mode: the estimator.
         granularity: ``group`` (one scalar per group) or ``element``.
         group_size: weights per gain, any positive number; the last group of a row may be short.
         sigma: probe size, > 0; in steps (``sigma_unit="step"``) or in units of ``w`` (``"absolute"``).
         num_probes: probes averaged per refresh.
+        law: smoothing law of ``dither_exact``: ``uniform`` (the paper), ``triangular`` or ``gaussian``.
+        law_width: width of the law in cells (standard deviation for the Gaussian); None is the natural one (1, 2, 1/2),
+            see :func:`~fewbits.surrogates.sensitivity.dither_exact`.
         interval: optimizer steps between refreshes, K.
+        refresh: ``interval`` (fixed K) or ``drift``.
+        drift_steps: threshold of the drift, in cells, > 0.
+        check_interval: optimizer steps between looks at the drift.
         beta: weight of the *new* estimate in the EMA, (0, 1].
         clip_first: clip the estimate to [0, 1] before the EMA (the paper's literal order; biased, see the docs).
         gain_min: lower clamp of the gain on use, in [0, 1].
@@ -62,7 +72,12 @@ class JacQuant(Surrogate):
     sigma: float = 0.5
     sigma_unit: Literal["step", "absolute"] = "step"
     num_probes: int = 1
+    law: Law = "uniform"
+    law_width: float | None = None
     interval: int = 100
+    refresh: Literal["interval", "drift"] = "interval"
+    drift_steps: float = 0.02
+    check_interval: int = 10
     beta: float = 0.1
     clip_first: bool = False
     gain_min: float = 0.0
@@ -76,13 +91,23 @@ class JacQuant(Surrogate):
             "granularity": ("group", "element"),
             "sigma_unit": ("step", "absolute"),
             "apply": ("grad", "update"),
+            "refresh": ("interval", "drift"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key}={getattr(self, key)!r} is unknown; use one of {', '.join(allowed)}")
-        for key in ("group_size", "num_probes", "interval"):
+        for key in ("group_size", "num_probes", "interval", "check_interval"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 1")
+        check_law(self.law, self.law_width)
+        if self.mode != "dither_exact" and (self.law != "uniform" or self.law_width is not None):
+            raise ValueError(
+                f"law={self.law!r}, law_width={self.law_width} only act in mode 'dither_exact', not {self.mode!r}"
+            )
+        if not self.drift_steps > 0:
+            raise ValueError(
+                f"drift_steps={self.drift_steps} must be positive; use refresh='interval' for a fixed period"
+            )
         if not self.sigma > 0:
             raise ValueError(f"sigma={self.sigma} must be positive")
         if not 0 <= self.beta <= 1:
@@ -113,8 +138,14 @@ class JacQuant(Surrogate):
         return GroupView(tuple(shape), "per_group", 1 if self.granularity == "element" else self.group_size)
 
     def init_state(self, shape: Sequence[int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """``gain``, fp32 ones: ``(rows, ceil(in_features / group_size))``, or the weight's shape per element."""
-        return {"gain": torch.ones(self._view(shape).scale_shape, device=device)}
+        """``gain``, fp32 ones: ``(rows, ceil(in_features / group_size))``, or the weight's shape per element.
+
+        With ``refresh="drift"`` also ``w_last``, the weight at the last refresh, fp32; infinite before the first one.
+        """
+        state = {"gain": torch.ones(self._view(shape).scale_shape, device=device)}
+        if self.refresh == "drift":
+            state["w_last"] = torch.full(tuple(shape), torch.inf, device=device)
+        return state
 
     def gain(self, state: State) -> Tensor:
         """The gain in use: the EMA clamped to ``[gain_min, 1]``."""
@@ -149,7 +180,8 @@ class JacQuant(Surrogate):
         v = x / s
         view = self._view(w.shape)
         if self.mode == "dither_exact":
-            return view.split(dither_exact(v, scheme.grid)).sum(-1) / view.counts().to(v.device)
+            exact = dither_exact(v, scheme.grid, law=self.law, law_width=self.law_width)
+            return view.split(exact).sum(-1) / view.counts().to(v.device)
         sigma: Tensor | float = self.sigma if self.sigma_unit == "absolute" else self.sigma * scheme.grid.step * s
         num, den = probe_products(
             v,
@@ -164,6 +196,26 @@ class JacQuant(Surrogate):
         return num / (den + 1e-12 * den.mean())
 
     @torch.no_grad()
+    def is_due(self, step: int, state: State, w: Tensor, scale: Tensor, scheme: Scheme) -> bool:
+        """Whether the gain is to be refreshed after this many optimizer steps; costs nothing between checks.
+
+        The drift is that of the latent weight itself: a rotation changes single entries, not the size of a move.
+
+        Args:
+            step: optimizer steps done, >= 1.
+            state: what :meth:`init_state` made.
+            w: latent weight ``(out_features, in_features)``.
+            scale: raw scales ``(R, G)``.
+            scheme: the forward quantizer.
+        """
+        if self.refresh == "interval":
+            return step % self.interval == 0
+        if step % self.check_interval:
+            return False
+        s = scheme.scale.view(w.shape).expand(stored_scale(scale.detach(), scheme.scale))
+        return needs_refresh(w.detach(), state["w_last"], s, scheme.grid, drift_steps=self.drift_steps)
+
+    @torch.no_grad()
     def refresh_(
         self, state: State, w: Tensor, scale: Tensor, scheme: Scheme, generator: torch.Generator
     ) -> dict[str, float]:
@@ -171,6 +223,8 @@ class JacQuant(Surrogate):
         raw = self.estimate(w, scale, scheme, generator)
         new = raw.clamp(0, 1) if self.clip_first else raw
         state["gain"].mul_(1 - self.beta).add_(new, alpha=self.beta)
+        if self.refresh == "drift":
+            state["w_last"].copy_(w)
         return gain_statistics(raw, self.gain(state))
 
 

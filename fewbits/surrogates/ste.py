@@ -38,10 +38,14 @@ class ClippedSTE(ElementwiseSurrogate):
 
     ``edge="level"`` clips at the outermost *levels*: this is exactly the derivative of the mean-field (uniformly
     dithered) quantizer, the target that JacQuant estimates, and the mask of LSQ. ``edge="bin"`` clips half a step
-    further out: the mask of SEQ, and QuEST's trust mask (error at most half a step).
+    further out: the mask of SEQ, and QuEST's trust mask (error at most half a step). A number clips at that multiple of
+    the outermost levels: QuEST's mask at 1 bit is ``edge=1.3`` (1.25 without Hadamard).
 
     Args:
-        edge: ``level``, ``bin`` or ``none`` (identity).
+        edge: ``level``, ``bin``, ``none`` (identity), or a positive number, 1 being ``level``.
+
+    Raises:
+        ValueError: for another name, or a number that is not positive.
 
     Example:
         >>> import torch
