@@ -1,0 +1,1 @@
+"""What engines hold: one file per target; each says which grids it holds without loss, writes them and reads back."""

@@ -1,0 +1,1 @@
+"""Contract suites, slow twins and outside oracles, shipped with the package."""
