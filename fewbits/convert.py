@@ -96,7 +96,8 @@ def _is_embedding(module: nn.Module) -> bool:
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale"))
 
 
-def _closest(pattern: str, names: Iterable[str]) -> str:
+def closest_names(pattern: str, names: Iterable[str]) -> str:
+    """The three names most like the pattern, for error messages."""
     names = list(names)
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
     return ", ".join(near) or "(the model has no linear layer or embedding)"
@@ -116,7 +117,9 @@ def select_layers(
     names = {name: m for name, m in model.named_modules() if is_quantizable(m)}
     for pattern in ignore or ():
         if not any(matches(pattern, name) for name in names):
-            raise ValueError(f"ignore pattern {pattern!r} matches no layer; near names: {_closest(pattern, names)}")
+            raise ValueError(
+                f"ignore pattern {pattern!r} matches no layer; near names: {closest_names(pattern, names)}"
+            )
     skip = DEFAULT_IGNORE if ignore is None else tuple(ignore)
     chosen: dict[str, tuple[Rule, nn.Module]] = {}
     used: set[int] = set()
@@ -136,7 +139,7 @@ def select_layers(
             f"it matches only {', '.join(hit[:3])}, which are ignored, taken by an earlier rule, or embeddings "
             "(set embeddings=True)"
             if hit
-            else f"near names: {_closest(rule.pattern, names)}"
+            else f"near names: {closest_names(rule.pattern, names)}"
         )
         raise ValueError(f"rule {rule.pattern!r} chooses no layer; {reason}")
     return chosen
@@ -181,11 +184,11 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
     owners: dict[int, QATLayer] = {}
     with torch.no_grad():
         for name, (rule, module) in chosen.items():
-            new = _qat_layer(module)
+            new = training_layer(module)
             new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)))
             owners.setdefault(id(new.weight), new)
             new.train(module.training)
-            _replace_(model, name, new)
+            replace_module_(model, name, new)
     _warn_if_little_is_quantized(model)
     return model
 
@@ -206,7 +209,7 @@ def _add_tied_partners(
         chosen[name] = (by_weight[id(module.weight)], module)
 
 
-def _qat_layer(module: nn.Module) -> QATLayer:
+def training_layer(module: nn.Module) -> QATLayer:
     """A training layer that shares the parameters of ``module``."""
     new: QATLayer
     if isinstance(module, nn.Embedding):
@@ -227,7 +230,8 @@ def _qat_layer(module: nn.Module) -> QATLayer:
     return new
 
 
-def _replace_(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule ``name``."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -321,7 +325,7 @@ def convert(model: nn.Module) -> nn.Module:
             if getattr(layer, "bias", None) is not None:
                 new.bias = layer.bias
             new.train(layer.training)
-            _replace_(model, name, new)
+            replace_module_(model, name, new)
     return model
 
 

@@ -23,7 +23,7 @@ from fewbits.scales import combine
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate
 
-_STATE_PREFIX = "weight_state_"
+STATE_PREFIX = "weight_state_"
 
 
 class QATLayer(nn.Module):
@@ -44,8 +44,15 @@ class QATLayer(nn.Module):
     fake_quant_enabled = True
     _owner: tuple[QATLayer, ...] = ()
 
-    def setup_(self, scheme: Scheme, surrogate: Surrogate, owner: QATLayer | None = None) -> None:
-        """Attach scheme, surrogate and (unless tied to ``owner``) scale and state."""
+    def setup_(
+        self,
+        scheme: Scheme,
+        surrogate: Surrogate,
+        owner: QATLayer | None = None,
+        *,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Attach scheme, surrogate and (unless tied to ``owner``) scale and state; None finds the scale by the rule."""
         self.scheme, self.surrogate = scheme, surrogate
         if owner is not None:
             self._owner = (owner,)  # in a tuple, so that torch does not register it as a submodule
@@ -53,14 +60,17 @@ class QATLayer(nn.Module):
         w = self.latent()
         scheme.check_shape(w.shape)
         mode = scheme.scale.mode
-        scale = None if mode == "dynamic" else initial_scale(w, scheme)
+        if mode == "dynamic":
+            scale = None
+        elif scale is None:
+            scale = initial_scale(w, scheme)
         if mode == "learned":
             assert scale is not None
             self.weight_scale = nn.Parameter(scale)
         else:
             self.register_buffer("weight_scale", scale)
         for key, value in surrogate.init_state(w.shape, w.device).items():
-            self.register_buffer(_STATE_PREFIX + key, value)
+            self.register_buffer(STATE_PREFIX + key, value)
 
     @property
     def owner(self) -> QATLayer:
@@ -73,8 +83,8 @@ class QATLayer(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The surrogate's tensors (the buffers themselves)."""
-        skip = len(_STATE_PREFIX)
-        return {k[skip:]: v for k, v in self.owner._buffers.items() if k.startswith(_STATE_PREFIX) and v is not None}
+        skip = len(STATE_PREFIX)
+        return {k[skip:]: v for k, v in self.owner._buffers.items() if k.startswith(STATE_PREFIX) and v is not None}
 
     def raw_scale(self) -> Tensor:
         """Raw scales ``(R, G)``, found by the rule where they are dynamic."""
@@ -187,6 +197,25 @@ class QuantizedLayer(nn.Module):
     def owner(self) -> QuantizedLayer:
         """The layer that holds the codes."""
         return self._owner[0] if self._owner else self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``.to(..)``: a new dtype changes what the weight is cast to, never the stored scales.
+
+        The buffers pass as bytes, since ``model.to(torch.bfloat16)`` would round fp16 and fp32 scales for good.
+        """
+        stored = {key: value.dtype for key, value in self._buffers.items() if value is not None}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        try:
+            self._view_buffers_(dict.fromkeys(stored, torch.uint8))
+            return super()._apply(fn, recurse)
+        finally:
+            self._view_buffers_(stored)
+
+    def _view_buffers_(self, dtypes: dict[str, torch.dtype]) -> None:
+        for key, dtype in dtypes.items():
+            value = self._buffers[key]
+            assert value is not None
+            self._buffers[key] = value.view(dtype)
 
     def load_qtensor_(self, q: QTensor) -> None:
         """Fill the buffers from codes and scales."""

@@ -1,0 +1,204 @@
+"""Prepared models to folders and back, bit for bit.
+
+A prepared model is saved as an ordinary Hugging Face folder: the latent weights under their own names, beside each
+``NAME.weight_scale`` (raw) and ``NAME.weight_state_*`` (what the surrogate remembers), and ``fewbits_qat.json`` with
+scheme and surrogate of every layer. Loading never runs a scale rule: learned scales are taken as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_module_, training_layer
+from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
+from fewbits.nn import STATE_PREFIX, QATLayer
+from fewbits.pretrained import from_pretrained, load_model, load_tokenizer, refuse_missing
+from fewbits.scheme import Scheme
+from fewbits.surrogates import Surrogate, surrogate_from_dict
+from fewbits.weight_files import read_folder
+
+FORMAT_VERSION = 1
+"""Of ``fewbits_qat.json``; a newer one is refused."""
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What ``fewbits_qat.json`` says of a prepared model.
+
+    Raises:
+        ValueError: for a model without prepared layers.
+    """
+    names = {id(layer): name for name, layer in qat_layers(model)}
+    if not names:
+        raise ValueError("the model has no prepared layer; call prepare first")
+    layers: dict[str, Any] = {}
+    for name, layer in qat_layers(model):
+        layers[name] = {"scheme": layer.scheme.to_dict(), "surrogate": layer.surrogate.to_dict()}
+        if layer.owner is not layer:
+            layers[name]["tied_to"] = names[id(layer.owner)]
+        elif not layer.fake_quant_enabled:
+            layers[name]["fake_quant_enabled"] = False
+    return {"format_version": FORMAT_VERSION, "layers": layers}
+
+
+def save_prepared(model: Any, tokenizer: Any | None, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a prepared Transformers model (and its tokenizer) as a folder, whole or not at all.
+
+    Raises:
+        ValueError: for a model that is not prepared, or a taken folder.
+        OSError: if the disk is full; nothing is left behind.
+    """
+    description = describe(model)
+    with atomic_folder(folder, overwrite=overwrite) as partial:
+        model.save_pretrained(partial, save_original_format=False)  # names in the file as in the state dict
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        write_json(partial / QAT_FILE, description)
+    return Path(folder)
+
+
+def load_prepared(folder: str | Path) -> Any:
+    """Load what :func:`save_prepared` wrote; its logits are those of the saved model, bit for bit.
+
+    Returns:
+        The prepared model in evaluation mode, in the dtype it was saved in.
+
+    Raises:
+        ValueError: for a folder that holds no prepared model, a newer format, a damaged file, or tensors that do not
+            fit the description.
+    """
+    folder = Path(folder)
+    if not (folder / QAT_FILE).is_file():
+        raise ValueError(f"{folder} holds no prepared model: it has no {QAT_FILE}")
+    layers, disabled = _read_description(folder / QAT_FILE)
+    tensors = read_folder(folder)
+    extra = {k: v for k, v in tensors.items() if _layer_of(k) in layers}
+    with _only_errors():  # the extra tensors are expected; everything else is checked below
+        model, info = from_pretrained(folder, dtype="auto")
+    refuse_missing(folder, info["missing_keys"])
+    if strange := sorted(set(info["unexpected_keys"]) - set(extra)):
+        raise ValueError(f"{folder} holds the tensor {strange[0]}, which the model does not have")
+    for name, value in model.state_dict().items():  # a model of mixed dtypes: from_pretrained casts to one
+        if name in tensors and value.dtype != tensors[name].dtype:
+            model.get_parameter_or_buffer(name).data = tensors[name]
+    restore(model, layers, extra)
+    for name, layer in qat_layers(model):
+        layer.fake_quant_enabled = name not in disabled
+    return model
+
+
+def _layer_of(tensor: str) -> str | None:
+    """The layer that an extra tensor of a prepared model belongs to."""
+    name, _, leaf = tensor.rpartition(".")
+    return name if leaf == "weight_scale" or leaf.startswith(STATE_PREFIX) else None
+
+
+Layers = dict[str, tuple[Scheme, Surrogate, str | None]]
+
+
+def _read_description(path: Path) -> tuple[Layers, set[str]]:
+    data = read_json_object(path)
+    version = data.get("format_version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this fewbits reads 1 to {FORMAT_VERSION}; upgrade it")
+    if extra := sorted(set(data) - {"format_version", "layers"}):
+        raise ValueError(f"{path} has the unknown key {extra[0]!r}")
+    layers: Layers = {}
+    disabled = set()
+    for name, entry in (data.get("layers") or {}).items():
+        if not isinstance(entry, dict) or not {"scheme", "surrogate"} <= set(entry):
+            raise ValueError(f"{path}: layer {name} needs the keys scheme and surrogate")
+        if extra := sorted(set(entry) - {"scheme", "surrogate", "tied_to", "fake_quant_enabled"}):
+            raise ValueError(f"{path}: layer {name} has the unknown key {extra[0]!r}")
+        scheme, surrogate = Scheme.from_dict(entry["scheme"]), surrogate_from_dict(entry["surrogate"])
+        layers[name] = (scheme, surrogate, entry.get("tied_to"))
+        if not entry.get("fake_quant_enabled", True):
+            disabled.add(name)
+    if not layers:
+        raise ValueError(f"{path} describes no layer")
+    return layers, disabled
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Silence the loading report; by a filter, since a raised level makes Transformers check sharding plans instead."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+
+
+def restore(
+    model: nn.Module, layers: Mapping[str, tuple[Scheme, Surrogate, str | None]], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """Make a saved prepared model again, in place: scales and states come from ``tensors``, no rule is run.
+
+    Args:
+        model: the plain model with the latent weights.
+        layers: by name: scheme, surrogate and the name of the layer that owns the weight (None for itself).
+        tensors: ``NAME.weight_scale`` and ``NAME.weight_state_*`` of every owner.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for a layer that the model lacks or that is not tied as described, and for tensors that are
+            missing, of the wrong shape, or left over.
+    """
+    modules, left = dict(model.named_modules()), dict(tensors)
+    made: dict[str, QATLayer] = {}
+    owners_first = sorted(layers.items(), key=lambda item: item[1][2] is not None)
+    with torch.no_grad():
+        for name, (scheme, surrogate, owner) in owners_first:
+            module = modules.get(name)
+            if module is None or not is_quantizable(module):
+                raise ValueError(
+                    f"the model has no layer {name} to quantize; near names: {closest_names(name, modules)}"
+                )
+            if owner is not None and (owner not in made or made[owner].weight is not module.weight):
+                raise ValueError(f"{name} should share the weight of {owner}, but in this model it does not")
+            made[name] = new = training_layer(module)
+            if owner is not None:
+                new.setup_(scheme, surrogate, made[owner])
+            else:
+                _set_up_(new, name, scheme, surrogate, left)
+            new.train(module.training)
+    if left:
+        raise ValueError(f"the saved tensor {next(iter(left))} belongs to no layer of the description")
+    for name, new in made.items():
+        replace_module_(model, name, new)
+    return model
+
+
+def _set_up_(layer: QATLayer, name: str, scheme: Scheme, surrogate: Surrogate, left: dict[str, Tensor]) -> None:
+    scale = None
+    device = layer.weight.device
+    if scheme.scale.mode != "dynamic":
+        scale = _take(left, f"{name}.weight_scale", scheme.scale.view(layer.latent().shape).scale_shape)
+    layer.setup_(scheme, surrogate, scale=None if scale is None else scale.to(device))
+    for key, value in layer.state().items():
+        layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
+
+
+def _take(left: dict[str, Tensor], key: str, shape: Sequence[int]) -> Tensor:
+    if key not in left:
+        raise ValueError(f"the saved tensor {key} is missing")
+    value = left.pop(key)
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"the saved tensor {key} has shape {tuple(value.shape)}; {tuple(shape)} is needed")
+    return value
+
+
+__all__ = ["describe", "load_model", "load_prepared", "load_tokenizer", "restore", "save_prepared"]
