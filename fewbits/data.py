@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def sample_teacher(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     vocab = teacher.get_input_embeddings().weight.shape[0]
     blocks: list[Tensor] = []
+    # transformers 5 renames the argument on the way; either name is asked of the model itself
+    key = "cache" if "cache" in inspect.signature(teacher.forward).parameters else "past_key_values"
     for first in range(0, num_blocks, batch_size):
         rows = min(batch_size, num_blocks - first)
         if start is None:
@@ -184,8 +187,8 @@ def sample_teacher(
         cache, step = None, ids.to(device)
         out = [ids]
         for _ in range(block_size - 1):
-            result = teacher(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
+            result = teacher(input_ids=step, use_cache=True, **{key: cache})
+            cache = result[key]
             probabilities = (result.logits[:, -1].float() / temperature).softmax(-1).cpu()
             ids = torch.multinomial(probabilities, 1, generator=generator)
             out.append(ids)

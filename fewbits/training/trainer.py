@@ -134,7 +134,7 @@ class QATTrainer(Trainer):
                 teacher_logits = self.teacher(**rest).logits
         loss = self.settings.objective(outputs.logits, labels, teacher_logits)
         if model.training and not bool(torch.isfinite(loss)):
-            raise TrainingDiverged(self._diagnosis(float(loss)))
+            raise TrainingDiverged(self._diagnosis(float(loss.detach())))
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def _diagnosis(self, loss: float) -> str:
