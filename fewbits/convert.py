@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.drives import Drive, drive_from_dict
 from fewbits.nn import (
     QATConv1D,
     QATEmbedding,
@@ -38,10 +39,11 @@ class Rule:
             must match the whole name after the prefix ``re:``. The first rule that matches a layer wins.
         scheme: a :class:`Scheme`, or text for :meth:`Scheme.parse`.
         surrogate: a surrogate, its name, or its dict; the identity STE by default.
+        drive: what moves the weight besides the gradient: a drive, its name, or its dict; None for nothing.
         embeddings: whether the pattern also matches embeddings (a bare ``*`` should seldom mean them).
 
     Raises:
-        ValueError: for a bad regular expression, scheme or surrogate.
+        ValueError: for a bad regular expression, scheme, surrogate or drive.
 
     Example:
         >>> Rule(pattern="*.mlp.*", scheme="W2A16G64").scheme.name
@@ -51,6 +53,7 @@ class Rule:
     scheme: Scheme
     pattern: str = "*"
     surrogate: Surrogate = field(default_factory=STE)
+    drive: Drive | None = None
     embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -60,10 +63,14 @@ class Rule:
             object.__setattr__(self, "scheme", Scheme.from_dict(self.scheme))
         if isinstance(self.surrogate, str | dict):
             object.__setattr__(self, "surrogate", surrogate_from_dict(self.surrogate))
+        if isinstance(self.drive, str | dict):
+            object.__setattr__(self, "drive", drive_from_dict(self.drive))
         if not isinstance(self.scheme, Scheme) or not isinstance(self.surrogate, Surrogate):
             raise ValueError(
                 f"rule {self.pattern!r} needs a Scheme and a Surrogate, got {self.scheme!r}, {self.surrogate!r}"
             )
+        if not isinstance(self.drive, Drive | None):
+            raise ValueError(f"rule {self.pattern!r} needs a Drive or None, got {self.drive!r}")
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
@@ -76,6 +83,7 @@ class Rule:
             "pattern": self.pattern,
             "scheme": self.scheme.to_dict(),
             "surrogate": self.surrogate.to_dict(),
+            "drive": None if self.drive is None else self.drive.to_dict(),
             "embeddings": self.embeddings,
         }
 
@@ -185,7 +193,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
     with torch.no_grad():
         for name, (rule, module) in chosen.items():
             new = training_layer(module)
-            new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)))
+            new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)), drive=rule.drive)
             owners.setdefault(id(new.weight), new)
             new.train(module.training)
             replace_module_(model, name, new)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.drives import Drive, NoDrive, driven_weight
 from fewbits.fake_quant import fake_quantize
 from fewbits.grids import Codebook
 from fewbits.numerics import STORED_DTYPE
@@ -33,6 +34,8 @@ class QATLayer(nn.Module):
         scheme: the forward quantizer.
         surrogate: the backward rule.
         weight_scale: raw scales ``(R, G)`` fp32: a parameter if learned, a buffer if frozen, None if dynamic.
+        drive: what moves the weight besides the gradient, or None; acts in training mode only.
+        progress: share of the optimizer steps that is done, for drives with a schedule.
         owner: the layer whose weight is tied to this one, or None.
     """
 
@@ -42,6 +45,8 @@ class QATLayer(nn.Module):
     weight_scale: Tensor | None
     transposed = False
     fake_quant_enabled = True
+    drive: Drive | None = None
+    progress = 0.0
     _owner: tuple[QATLayer, ...] = ()
 
     def setup_(
@@ -51,12 +56,14 @@ class QATLayer(nn.Module):
         owner: QATLayer | None = None,
         *,
         scale: Tensor | None = None,
+        drive: Drive | None = None,
     ) -> None:
-        """Attach scheme, surrogate and (unless tied to ``owner``) scale and state; None finds the scale by the rule."""
+        """Attach scheme, surrogate and (unless tied to ``owner``) scale, state and drive; a scale of None is found."""
         self.scheme, self.surrogate = scheme, surrogate
         if owner is not None:
             self._owner = (owner,)  # in a tuple, so that torch does not register it as a submodule
             return
+        self.drive = None if isinstance(drive, NoDrive) else drive
         w = self.latent()
         scheme.check_shape(w.shape)
         mode = scheme.scale.mode
@@ -97,7 +104,10 @@ class QATLayer(nn.Module):
         w = owner.latent()
         if not owner.fake_quant_enabled:
             return w
-        return fake_quantize(w, self.scheme, owner.raw_scale(), self.surrogate, self.state())
+        parts = w, self.scheme, owner.raw_scale(), self.surrogate, self.state()
+        if owner.drive is None or not self.training:
+            return fake_quantize(*parts)
+        return driven_weight(owner.drive, *parts, progress=owner.progress)
 
     def qtensor(self) -> QTensor:
         """Codes and scales of the current weight."""
