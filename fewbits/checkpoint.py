@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_module_, training_layer
 from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
 from fewbits.nn import STATE_PREFIX, QATLayer
-from fewbits.pretrained import from_pretrained, load_model, load_tokenizer, refuse_missing
+from fewbits.pretrained import from_pretrained, has_tokenizer, load_model, load_tokenizer, refuse_missing
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate, surrogate_from_dict
 from fewbits.weight_files import read_folder
@@ -63,18 +63,24 @@ def save_prepared(model: Any, tokenizer: Any | None, folder: str | Path, *, over
     return Path(folder)
 
 
-def load_prepared(folder: str | Path) -> Any:
+def is_prepared_folder(folder: str | Path) -> bool:
+    """Whether :func:`save_prepared` wrote this folder."""
+    return (Path(folder) / QAT_FILE).is_file()
+
+
+def load_prepared(folder: str | Path) -> tuple[Any, Any | None]:
     """Load what :func:`save_prepared` wrote; its logits are those of the saved model, bit for bit.
 
     Returns:
-        The prepared model in evaluation mode, in the dtype it was saved in.
+        The prepared model in evaluation mode, in the dtype it was saved in, and its tokenizer (None if the folder has
+        none).
 
     Raises:
         ValueError: for a folder that holds no prepared model, a newer format, a damaged file, or tensors that do not
             fit the description.
     """
     folder = Path(folder)
-    if not (folder / QAT_FILE).is_file():
+    if not is_prepared_folder(folder):
         raise ValueError(f"{folder} holds no prepared model: it has no {QAT_FILE}")
     layers, disabled = _read_description(folder / QAT_FILE)
     tensors = read_folder(folder)
@@ -90,7 +96,7 @@ def load_prepared(folder: str | Path) -> Any:
     restore(model, layers, extra)
     for name, layer in qat_layers(model):
         layer.fake_quant_enabled = name not in disabled
-    return model
+    return model, load_tokenizer(folder) if has_tokenizer(folder) else None
 
 
 def _layer_of(tensor: str) -> str | None:
@@ -201,4 +207,12 @@ def _take(left: dict[str, Tensor], key: str, shape: Sequence[int]) -> Tensor:
     return value
 
 
-__all__ = ["describe", "load_model", "load_prepared", "load_tokenizer", "restore", "save_prepared"]
+__all__ = [
+    "describe",
+    "is_prepared_folder",
+    "load_model",
+    "load_prepared",
+    "load_tokenizer",
+    "restore",
+    "save_prepared",
+]

@@ -111,6 +111,11 @@ def _shape_mismatch(folder: Path) -> str | None:
     return None
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a local folder holds a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model, checked against the vocabulary in the folder's ``config.json``.
 
@@ -118,7 +123,7 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None, trust_remot
         ValueError: for a missing folder or tokenizer, or one with more tokens than the model has rows.
     """
     folder = local_folder(path)
-    if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if folder is not None and not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     options = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
     try:

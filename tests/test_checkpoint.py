@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fewbits.nn
 from fewbits import Rule, Scheme, prepare
-from fewbits.checkpoint import load_model, load_prepared, load_tokenizer, save_prepared
+from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
 from fewbits.convert import owned_layers, qat_layers
 from fewbits.grids import Codebook
 from fewbits.io import read_json, write_json
@@ -49,6 +49,10 @@ def prepared(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
             if "weight_scale" in key or "weight_state" in key:
                 value.mul_(0.7 + 0.2 * torch.rand_like(value))
     return model
+
+
+def reload(folder: Path) -> Any:
+    return load_prepared(folder)[0]
 
 
 @torch.no_grad()
@@ -178,7 +182,7 @@ def test_a_sharded_model_loads_and_a_lost_shard_is_named(tmp_path: Path) -> None
 def test_a_prepared_model_comes_back_bit_for_bit(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     model = prepared(name, dtype)
     save_prepared(model, None, tmp_path / "one")
-    first = load_prepared(tmp_path / "one")
+    first = reload(tmp_path / "one")
     before, after = model.state_dict(), first.state_dict()
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -191,7 +195,7 @@ def test_a_prepared_model_comes_back_bit_for_bit(tmp_path: Path, name: str, dtyp
     if dtype == torch.float32:  # .to(bfloat16) also rounds the rotary table, which no file holds
         assert torch.equal(logits(model), logits(first))
     save_prepared(first, None, tmp_path / "two")
-    assert torch.equal(logits(first), logits(load_prepared(tmp_path / "two")))
+    assert torch.equal(logits(first), logits(reload(tmp_path / "two")))
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
         tmp_path / "two" / "model.safetensors"
     ).read_bytes()
@@ -204,15 +208,22 @@ def test_loading_runs_no_scale_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise AssertionError("a learned scale was calibrated again")
 
     monkeypatch.setattr(fewbits.nn, "initial_scale", rule)
-    load_prepared(tmp_path / "m")
-    assert load_tokenizer(tmp_path / "m").vocab_size == VOCAB_SIZE
+    _, tokenizer = load_prepared(tmp_path / "m")
+    assert tokenizer("t5 t7")["input_ids"] == [5, 7]
+
+
+def test_a_folder_without_tokenizer_gives_none(tmp_path: Path) -> None:
+    save_prepared(prepared(), None, tmp_path / "m")
+    assert is_prepared_folder(tmp_path / "m")
+    assert not is_prepared_folder(tmp_path)
+    assert load_prepared(tmp_path / "m")[1] is None
 
 
 def test_a_head_that_owns_the_tied_weight_comes_back(tmp_path: Path) -> None:
     model = prepare(tiny_llama(tie=True), Rule(pattern="lm_head", scheme="W2"), ignore=[])
     assert [name for name, _ in owned_layers(model)] == ["lm_head"]
     save_prepared(model, None, tmp_path / "m")
-    again = load_prepared(tmp_path / "m")
+    again = reload(tmp_path / "m")
     assert [name for name, _ in owned_layers(again)] == ["lm_head"]
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert torch.equal(logits(model), logits(again))
@@ -222,14 +233,14 @@ def test_a_codebook_and_double_quantized_scales_come_back(tmp_path: Path) -> Non
     scheme = Scheme.parse("W2A16G32", grid=Codebook.lloyd_max(4), superblock=64)
     model = prepare(tiny_llama(), Rule(scheme=scheme))
     save_prepared(model, None, tmp_path / "m")
-    assert torch.equal(logits(model), logits(load_prepared(tmp_path / "m")))
+    assert torch.equal(logits(model), logits(reload(tmp_path / "m")))
 
 
 def test_mixed_dtypes_come_back(tmp_path: Path) -> None:
     model = prepared("llama", torch.bfloat16)
     model.model.norm.to(torch.float32).weight.data += 1e-4
     save_prepared(model, None, tmp_path / "m")
-    again = load_prepared(tmp_path / "m")
+    again = reload(tmp_path / "m")
     assert again.model.norm.weight.dtype == torch.float32
     assert torch.equal(again.model.norm.weight, model.model.norm.weight)
 
@@ -239,13 +250,13 @@ def test_disabled_fake_quantization_is_remembered(tmp_path: Path) -> None:
     for _, layer in qat_layers(model):
         layer.fake_quant_enabled = False
     save_prepared(model, None, tmp_path / "m")
-    assert torch.equal(logits(model), logits(load_prepared(tmp_path / "m")))
+    assert torch.equal(logits(model), logits(reload(tmp_path / "m")))
 
 
 def test_training_a_loaded_model_does_not_write_through_to_the_file(tmp_path: Path) -> None:
     save_prepared(prepared(), None, tmp_path / "m")
     data = (tmp_path / "m" / "model.safetensors").read_bytes()
-    model = load_prepared(tmp_path / "m")
+    model = reload(tmp_path / "m")
     with torch.no_grad():
         for value in [*model.parameters(), *model.buffers()]:
             value.mul_(2)
@@ -259,12 +270,12 @@ def test_saving_refuses_what_it_should(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="overwrite=True"):
         save_prepared(prepared(), None, tmp_path / "m")
     save_prepared(prepared("gemma"), None, tmp_path / "m", overwrite=True)
-    assert load_prepared(tmp_path / "m").config.model_type == "gemma"
+    assert reload(tmp_path / "m").config.model_type == "gemma"
 
 
 def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_prepared(prepared(), None, tmp_path / "m")
-    before = logits(load_prepared(tmp_path / "m"))
+    before = logits(reload(tmp_path / "m"))
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -273,7 +284,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(OSError, match="No space left on device; nothing was changed"):
         save_prepared(model, None, tmp_path / "m", overwrite=True)
-    assert torch.equal(logits(load_prepared(tmp_path / "m")), before)
+    assert torch.equal(logits(reload(tmp_path / "m")), before)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
@@ -310,7 +321,7 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, change: Any,
     save_prepared(prepared(), None, tmp_path / "m")
     edit(tmp_path / "m", change)
     with pytest.raises(ValueError, match=message):
-        load_prepared(tmp_path / "m")
+        reload(tmp_path / "m")
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -319,15 +330,15 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if k != f"{NAME}.weight_scale"}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"{NAME}.weight_scale is missing"):
-        load_prepared(tmp_path / "m")
+        reload(tmp_path / "m")
     save_file({**tensors, "model.extra": torch.zeros(1)}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.extra, which the model does not have"):
-        load_prepared(tmp_path / "m")
+        reload(tmp_path / "m")
     with pytest.raises(ValueError, match="holds no prepared model"):
-        load_prepared(tmp_path)
+        reload(tmp_path)
 
 
 def test_the_scaled_embedding_of_gemma3_keeps_its_factor(tmp_path: Path) -> None:
     model = prepare(tiny_gemma3(), Rule(pattern="*embed_tokens", scheme="W4", embeddings=True))
     save_prepared(model, None, tmp_path / "m")
-    assert load_prepared(tmp_path / "m").model.embed_tokens.embed_scale == 8.0
+    assert reload(tmp_path / "m").model.embed_tokens.embed_scale == 8.0
