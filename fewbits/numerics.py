@@ -34,7 +34,7 @@ def round_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
     r"""Round positive scales to the values that the stored dtype holds.
 
     ``portable`` keeps 8 significant bits inside the normal range of fp16, so that the value is exact in fp16, in bf16
-    and in fp32 alike; the relative change is at most :math:`2^{-9}`.
+    and in fp32 alike; the relative change is at most :math:`2^{-8}`.
 
     Args:
         scale: any shape, units of ``w`` per step; computed in fp32.

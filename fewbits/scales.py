@@ -22,6 +22,7 @@ Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
 ScaleRule = Literal["absmax", "absmax_cover", "absmax_qmax", "absmean", "mse", "gaussian", "rms"]
 ScaleMode = Literal["learned", "dynamic", "frozen"]
 _LINE_SEARCH_POINTS = 48
+_SEARCH_LOW, _SEARCH_HIGH = 0.3, 3.5
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
     ``absmax_cover`` :math:`\max|w|` at the end of the outermost cell (SEQ's start, ParetoQ arXiv:2502.02631)
     ``absmax_qmax``  :math:`\max|w| / L_{max}` (LSQ's start in ParetoQ; at 2 bits 92 % of Gaussian weights become 0)
     ``absmean``      mean abs(w) for binary and ternary (BitNet b1.58), else :math:`2\,E|w|/\sqrt{L_{max}}` (LSQ)
-    ``mse``          line search over 48 scales around ``gaussian``, then two least-squares refinements, best kept
+    ``mse``          line search over 48 scales around ``gaussian``, up to ``absmax_qmax`` for heavy tails, then two
+                     least-squares refinements, best kept
     ``gaussian``     rms times the MSE-optimal scale of N(0, 1) for this grid
     ``rms``          rms times QuEST's S_b (binary, ternary and half-shifted grids; arXiv:2502.05003)
     ============== ====================================================================================
@@ -240,25 +242,31 @@ def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
             raise ValueError(f"rule 'rms' is QuEST's centred grid; {grid} is not centred, use 'gaussian'")
         return rms * (2 * QUEST_S[grid.num_levels] / (high - low))
     start = rms * gaussian_step(grid)
-    return start if spec.rule == "gaussian" else _mse_scale(x, counts, start, grid)
+    if spec.rule == "gaussian":
+        return start
+    return _mse_scale(x, counts, start, x.abs().amax(-1) / (high if high > 0 else -low), grid)
 
 
-def _mse_scale(x: Tensor, counts: Tensor, start: Tensor, grid: AnyGrid) -> Tensor:
-    """Line search by rows, so that the working copy stays small; padding holds zeros and is masked out."""
+def _mse_scale(x: Tensor, counts: Tensor, start: Tensor, largest: Tensor, grid: AnyGrid) -> Tensor:
+    """Line search by rows, so that the working copy stays small; padding holds zeros and is masked out.
+
+    From .3 of the Gaussian optimum to 3.5 of it, or to ``largest`` where one large weight carries most of the energy.
+    """
     best = torch.empty_like(start)
     mask = (torch.arange(x.shape[-1], device=x.device) < counts[:, None]).float()
     rows = max(1, 2**18 // max(1, x[0].numel()))
-    factors = torch.exp(torch.linspace(math.log(0.3), math.log(3.5), _LINE_SEARCH_POINTS)).tolist()
+    marks = torch.linspace(0, 1, _LINE_SEARCH_POINTS).tolist()
     for r in range(0, len(x), rows):
         part, s0 = x[r : r + rows], start[r : r + rows].clamp_min(1e-30)
+        span = (largest[r : r + rows] / s0).clamp_min(_SEARCH_HIGH) / _SEARCH_LOW
 
         def error(s: Tensor, part: Tensor = part) -> tuple[Tensor, Tensor]:
             levels = grid.project_(part / s[..., None]) * mask
             return (part - levels * s[..., None]).square().sum(-1), levels
 
         lowest, chosen = error(s0)[0], s0
-        for factor in factors:
-            candidate = s0 * factor
+        for mark in marks:
+            candidate = s0 * _SEARCH_LOW * span**mark
             value = error(candidate)[0]
             chosen = torch.where(value < lowest, candidate, chosen)
             lowest = torch.minimum(value, lowest)
