@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_module_, training_layer
+from fewbits.drives import Drive, drive_from_dict
 from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
 from fewbits.nn import STATE_PREFIX, QATLayer
 from fewbits.pretrained import from_pretrained, has_tokenizer, load_model, load_tokenizer, refuse_missing
@@ -42,7 +44,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
         layers[name] = {"scheme": layer.scheme.to_dict(), "surrogate": layer.surrogate.to_dict()}
         if layer.owner is not layer:
             layers[name]["tied_to"] = names[id(layer.owner)]
-        elif not layer.fake_quant_enabled:
+            continue
+        if layer.drive is not None:
+            layers[name]["drive"] = layer.drive.to_dict()
+        if not layer.fake_quant_enabled:
             layers[name]["fake_quant_enabled"] = False
     return {"format_version": FORMAT_VERSION, "layers": layers}
 
@@ -105,25 +110,39 @@ def _layer_of(tensor: str) -> str | None:
     return name if leaf == "weight_scale" or leaf.startswith(STATE_PREFIX) else None
 
 
-Layers = dict[str, tuple[Scheme, Surrogate, str | None]]
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """How one layer was prepared; ``tied_to`` names the layer that owns its weight (None for itself)."""
+
+    scheme: Scheme
+    surrogate: Surrogate
+    drive: Drive | None = None
+    tied_to: str | None = None
 
 
-def _read_description(path: Path) -> tuple[Layers, set[str]]:
+_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled"}
+
+
+def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str]]:
     data = read_json_object(path)
     version = data.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}; this fewbits reads 1 to {FORMAT_VERSION}; upgrade it")
     if extra := sorted(set(data) - {"format_version", "layers"}):
         raise ValueError(f"{path} has the unknown key {extra[0]!r}")
-    layers: Layers = {}
+    layers: dict[str, LayerPlan] = {}
     disabled = set()
     for name, entry in (data.get("layers") or {}).items():
         if not isinstance(entry, dict) or not {"scheme", "surrogate"} <= set(entry):
             raise ValueError(f"{path}: layer {name} needs the keys scheme and surrogate")
-        if extra := sorted(set(entry) - {"scheme", "surrogate", "tied_to", "fake_quant_enabled"}):
+        if extra := sorted(set(entry) - _KEYS):
             raise ValueError(f"{path}: layer {name} has the unknown key {extra[0]!r}")
-        scheme, surrogate = Scheme.from_dict(entry["scheme"]), surrogate_from_dict(entry["surrogate"])
-        layers[name] = (scheme, surrogate, entry.get("tied_to"))
+        layers[name] = LayerPlan(
+            scheme=Scheme.from_dict(entry["scheme"]),
+            surrogate=surrogate_from_dict(entry["surrogate"]),
+            drive=drive_from_dict(entry["drive"]) if "drive" in entry else None,
+            tied_to=entry.get("tied_to"),
+        )
         if not entry.get("fake_quant_enabled", True):
             disabled.add(name)
     if not layers:
@@ -146,14 +165,12 @@ def _only_errors() -> Iterator[None]:
         logger.removeFilter(is_error)
 
 
-def restore(
-    model: nn.Module, layers: Mapping[str, tuple[Scheme, Surrogate, str | None]], tensors: Mapping[str, Tensor]
-) -> nn.Module:
+def restore(model: nn.Module, layers: Mapping[str, LayerPlan], tensors: Mapping[str, Tensor]) -> nn.Module:
     """Make a saved prepared model again, in place: scales and states come from ``tensors``, no rule is run.
 
     Args:
         model: the plain model with the latent weights.
-        layers: by name: scheme, surrogate and the name of the layer that owns the weight (None for itself).
+        layers: by name, how each was prepared.
         tensors: ``NAME.weight_scale`` and ``NAME.weight_state_*`` of every owner.
 
     Returns:
@@ -165,21 +182,21 @@ def restore(
     """
     modules, left = dict(model.named_modules()), dict(tensors)
     made: dict[str, QATLayer] = {}
-    owners_first = sorted(layers.items(), key=lambda item: item[1][2] is not None)
+    owners_first = sorted(layers.items(), key=lambda item: item[1].tied_to is not None)
     with torch.no_grad():
-        for name, (scheme, surrogate, owner) in owners_first:
+        for name, plan in owners_first:
             module = modules.get(name)
             if module is None or not is_quantizable(module):
-                raise ValueError(
-                    f"the model has no layer {name} to quantize; near names: {closest_names(name, modules)}"
-                )
+                near = closest_names(name, modules)
+                raise ValueError(f"the model has no layer {name} to quantize; near names: {near}")
+            owner = plan.tied_to
             if owner is not None and (owner not in made or made[owner].weight is not module.weight):
                 raise ValueError(f"{name} should share the weight of {owner}, but in this model it does not")
             made[name] = new = training_layer(module)
             if owner is not None:
-                new.setup_(scheme, surrogate, made[owner])
+                new.setup_(plan.scheme, plan.surrogate, made[owner])
             else:
-                _set_up_(new, name, scheme, surrogate, left)
+                _set_up_(new, name, plan, left)
             new.train(module.training)
     if left:
         raise ValueError(f"the saved tensor {next(iter(left))} belongs to no layer of the description")
@@ -188,12 +205,12 @@ def restore(
     return model
 
 
-def _set_up_(layer: QATLayer, name: str, scheme: Scheme, surrogate: Surrogate, left: dict[str, Tensor]) -> None:
+def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor]) -> None:
+    spec, device = plan.scheme.scale, layer.weight.device
     scale = None
-    device = layer.weight.device
-    if scheme.scale.mode != "dynamic":
-        scale = _take(left, f"{name}.weight_scale", scheme.scale.view(layer.latent().shape).scale_shape)
-    layer.setup_(scheme, surrogate, scale=None if scale is None else scale.to(device))
+    if spec.mode != "dynamic":
+        scale = _take(left, f"{name}.weight_scale", spec.view(layer.latent().shape).scale_shape).to(device)
+    layer.setup_(plan.scheme, plan.surrogate, scale=scale, drive=plan.drive)
     for key, value in layer.state().items():
         layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
 

@@ -18,6 +18,7 @@ import fewbits.nn
 from fewbits import Rule, Scheme, prepare
 from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
 from fewbits.convert import owned_layers, qat_layers
+from fewbits.drives import CAGE
 from fewbits.grids import Codebook
 from fewbits.io import read_json, write_json
 from fewbits.pretrained import local_folder
@@ -27,7 +28,7 @@ from fewbits.testing.tiny import TINY_MODELS, VOCAB_SIZE, tiny_gemma3, tiny_llam
 IDS = torch.arange(48).view(2, 24) % VOCAB_SIZE
 RULES = (
     Rule(pattern="*down_proj", scheme=Scheme.parse("W1.58A16G32", mode="dynamic", rule="absmean")),
-    Rule(pattern="*mlp*", scheme="W3H", surrogate=ClippedSTE()),
+    Rule(pattern="*mlp*", scheme="W3H", surrogate=ClippedSTE(), drive=CAGE(strength=2.0)),
     Rule(scheme="W2A16G64", surrogate=JacQuant(group_size=32), embeddings=True),
 )
 """Three schemes, three scale modes' worth of state, and the embedding (which tied heads follow)."""
@@ -190,6 +191,7 @@ def test_a_prepared_model_comes_back_bit_for_bit(tmp_path: Path, name: str, dtyp
         assert torch.equal(value, after[key]), key
     for (a, layer), (b, again) in zip(qat_layers(model), qat_layers(first), strict=True):
         assert (a, type(layer), layer.scheme, layer.surrogate) == (b, type(again), again.scheme, again.surrogate)
+        assert layer.drive == again.drive
         assert (layer.owner is layer) == (again.owner is again)
     assert sorted(n for n, _ in model.named_parameters()) == sorted(n for n, _ in first.named_parameters())
     if dtype == torch.float32:  # .to(bfloat16) also rounds the rotary table, which no file holds
