@@ -47,7 +47,7 @@ class Binary(LevelSet):
 
     def project_(self, v: Tensor) -> Tensor:
         """Sign with sign(0) = +1, in place."""
-        return v.copy_(torch.where(v >= 0, 1.0, -1.0))
+        return v.copy_(v >= 0).mul_(2).sub_(1)
 
     def encode(self, v: Tensor) -> Tensor:
         """1 where v >= 0, else 0."""
