@@ -103,7 +103,7 @@ class Codebook(LevelSet):
 
     def _index(self, v: Tensor) -> tuple[Tensor, Tensor]:
         table, middle = self._tables(v)
-        index = torch.bucketize(v.to(table.dtype), middle)
+        index = torch.bucketize(v.to(table.dtype).contiguous(), middle)
         tie = (index < len(middle)) & (v == middle[index.clamp(max=len(middle) - 1)])
         return index + (tie & (index % 2 == 1)).to(index.dtype), table
 
@@ -123,7 +123,7 @@ class Codebook(LevelSet):
     def cell_coordinate(self, v: Tensor) -> Tensor:
         """Piecewise linear: integers on levels, half-integers on midpoints, unit slope in outermost gaps outside."""
         table, _ = self._tables(v)
-        lower = (torch.bucketize(v.to(table.dtype), table, right=True) - 1).clamp(0, len(table) - 2)
+        lower = (torch.bucketize(v.to(table.dtype).contiguous(), table, right=True) - 1).clamp(0, len(table) - 2)
         return lower + (v - table[lower]) / (table[lower + 1] - table[lower])
 
     def to_dict(self) -> dict[str, Any]:

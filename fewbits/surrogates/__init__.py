@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from fewbits.surrogates._base import ElementwiseSurrogate, Surrogate
@@ -33,7 +34,7 @@ def surrogate_from_dict(data: dict[str, Any] | str) -> Surrogate:
     if name not in SURROGATES:
         raise ValueError(f"unknown surrogate {name!r}; known surrogates: {', '.join(SURROGATES)}")
     cls = SURROGATES[name]
-    options = set(cls.__dataclass_fields__) | ({"preset"} if cls is JacQuant else set())
+    options = {field.name for field in fields(cls)} | ({"preset"} if cls is JacQuant else set())
     if unknown := sorted(set(data) - options):
         raise ValueError(
             f"surrogate {name!r} has no option {unknown[0]!r}; options: {', '.join(sorted(options)) or 'none'}"
