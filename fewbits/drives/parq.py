@@ -56,7 +56,7 @@ def prox(v: Tensor, grid: AnyGrid, inverse: float) -> Tensor:
     if inverse == 0:
         return grid.project_(v.clone())
     levels = torch.tensor(grid.levels, dtype=v.dtype, device=v.device)
-    cell = (torch.bucketize(v, levels, right=True) - 1).clamp_(0, len(levels) - 2)
+    cell = (torch.bucketize(v.contiguous(), levels, right=True) - 1).clamp_(0, len(levels) - 2)
     low, high = levels[cell], levels[cell + 1]
     middle = (low + high) / 2
     return torch.clamp(middle + (v - middle) / inverse, low, high)

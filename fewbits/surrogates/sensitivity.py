@@ -37,7 +37,7 @@ def cell_width(v: Tensor, grid: AnyGrid) -> Tensor | float:
     if not isinstance(grid, Codebook):
         return grid.step
     table = torch.tensor(grid.codebook, dtype=v.dtype, device=v.device)
-    lower = (torch.bucketize(v, table, right=True) - 1).clamp(0, len(table) - 2)
+    lower = (torch.bucketize(v.contiguous(), table, right=True) - 1).clamp(0, len(table) - 2)
     return table[lower + 1] - table[lower]
 
 
