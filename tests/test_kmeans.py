@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewbits.convert import Rule, convert, prepare
 from fewbits.grids import Codebook
 from fewbits.kmeans import SortedSample, block_scale, fit_codebook, kmeans_levels, lloyd, plus_plus
+from fewbits.optim.codebooks import refit_codebooks_
 from fewbits.qtensor import quantize
+from fewbits.rotations import Rotation
 from fewbits.scales import ScaleSpec, stored_scale
 from fewbits.scheme import Scheme
 
@@ -225,3 +228,65 @@ def test_squared_scales_as_weights_minimise_the_error_of_the_weight() -> None:
 def test_a_zero_weight_is_refused_with_a_reason() -> None:
     with pytest.raises(ValueError, match="distinct"):
         fit_codebook(torch.zeros(4, 64), 4, BLOCKS)
+
+
+# layers --------------------------------------------------------------------------------------------------------------
+
+
+def codebook_model(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(128, 16), "b": nn.Linear(64, 8), "embed": nn.Embedding(32, 64)})
+    model["head"] = nn.Linear(64, 32, bias=False)
+    model["head"].weight = model["embed"].weight
+    codebook = Rule(pattern="[ah]*", scheme=Scheme.parse("W2KG64", **options), embeddings=True)
+    return prepare(model, [codebook, Rule(pattern="b", scheme="W2")], ignore=[])
+
+
+def test_refit_gives_every_layer_its_own_codebook_and_lowers_the_error() -> None:
+    model = codebook_model(dtype="fp32")
+    before = {name: model[name].qtensor().dequantize() for name in ("a", "b", "embed")}
+    assert refit_codebooks_(model) == ["a", "head"]
+    for name in ("a", "embed"):
+        layer = model[name]
+        w = layer.latent()
+        assert isinstance(layer.scheme.grid, Codebook)
+        assert len(layer.scheme.grid.levels) == 4
+        q = layer.qtensor().dequantize()
+        assert torch.equal(layer.quantized_weight(), q)
+        assert torch.equal(layer.raw_scale(), block_scale(w, layer.scheme.scale))
+        assert (q - w).square().mean() < 1.05 * (before[name] - w).square().mean()
+    assert model["a"].scheme.grid != model["embed"].scheme.grid
+    assert model["head"].scheme == model["embed"].scheme
+    assert torch.equal(model["head"].quantized_weight(), model["embed"].quantized_weight())
+    assert torch.equal(model["b"].qtensor().dequantize(), before["b"])
+    x = normal(2, 128)
+    expected = model["a"](x)
+    assert torch.equal(convert(model)["a"](x), expected)
+
+
+def test_refit_takes_importance_and_a_rotated_layer() -> None:
+    plain, weighted = codebook_model(), codebook_model()
+    refit_codebooks_(plain)
+    refit_codebooks_(weighted, weights={"a": weighted["a"].weight.detach().square()})
+    assert weighted["a"].scheme.grid.levels[-1] > plain["a"].scheme.grid.levels[-1]
+    assert weighted["embed"].scheme.grid == plain["embed"].scheme.grid
+    rotated = codebook_model(rotation=Rotation(kind="hadamard", block_size=64))
+    assert refit_codebooks_(rotated) == ["a", "head"]
+    with pytest.raises(ValueError, match="rotated"):
+        refit_codebooks_(rotated, weights={"a": torch.ones(16, 128)})
+
+
+def test_refit_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(ValueError, match="no layer"):
+        refit_codebooks_(prepare(nn.Sequential(nn.Linear(64, 4)), Rule(scheme="W2")))
+    with pytest.raises(ValueError, match="'b'"):
+        refit_codebooks_(codebook_model(), weights={"b": torch.ones(8, 64)})
+    with pytest.raises(ValueError, match="dynamic"):
+        refit_codebooks_(codebook_model(mode="dynamic"))
+    model = codebook_model()
+    with torch.no_grad():
+        model["embed"].weight.zero_()
+    grid = model["a"].scheme.grid
+    with pytest.raises(ValueError, match="distinct"):
+        refit_codebooks_(model)
+    assert model["a"].scheme.grid == grid  # all or nothing

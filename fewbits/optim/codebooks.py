@@ -1,0 +1,67 @@
+"""Codebooks that follow the weights: fit one per layer, after a warm-up and now and then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.convert import owned_layers, qat_layers
+from fewbits.grids import Codebook
+from fewbits.kmeans import block_scale, fit_codebook
+
+
+def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None = None, seed: int = 0) -> list[str]:
+    """Fit the codebook of every layer that has one to its current latent weight, and restart its scales.
+
+    1-Bit Wonder trains without quantization first (``layer.fake_quant_enabled = False``), fits once and freezes: call
+    this once. Levels are not trained in between; learned scales are, and start anew at the size of each block.
+
+    Args:
+        model: a prepared model.
+        weights: per layer name, importance of each weight, >= 0 and of the latent weight's shape, such as Adam's second
+            moment (Fisher information); layers without an entry count every weight the same.
+        seed: of the seedings; every layer has a stream of its own.
+
+    Returns:
+        Names of the layers that were fitted.
+
+    Raises:
+        ValueError: if no layer has a codebook, if a scale is dynamic (its rule would not know the new blocks), if
+            weights are given for an unknown or a rotated layer, and as :func:`fewbits.kmeans.fit_codebook`; nothing is
+            changed then.
+
+    Example:
+        >>> from fewbits.convert import Rule, prepare
+        >>> model = prepare(nn.Sequential(nn.Linear(64, 8)), Rule(scheme="W2KG64"))
+        >>> refit_codebooks_(model)
+        ['0']
+
+    Reference: arXiv:2602.15563.
+    """
+    layers = {name: layer for name, layer in owned_layers(model) if isinstance(layer.scheme.grid, Codebook)}
+    if not layers:
+        raise ValueError("no layer of the model has a codebook; use a scheme such as W2KG64")
+    if unknown := sorted(set(weights or ()) - set(layers)):
+        raise ValueError(f"weights for {unknown[0]!r}, which is no layer with a codebook")
+    fitted = {}
+    for name, layer in layers.items():
+        scheme, h = layer.scheme, None if weights is None else weights.get(name)
+        if layer.weight_scale is None:
+            raise ValueError(f"{name} has dynamic scales; use mode='learned' or 'frozen' with fitted codebooks")
+        if h is not None and scheme.rotation.kind != "none":
+            raise ValueError(f"{name} is rotated, so weights per latent entry have no meaning for it")
+        w = scheme.rotation.apply(layer.latent().detach().float())
+        own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
+        grid = fit_codebook(w, len(scheme.grid.levels), scheme.scale, weights=h, seed=own_seed)
+        fitted[name] = replace(scheme, grid=grid), block_scale(w, scheme.scale)
+    with torch.no_grad():
+        for name, (scheme, scale) in fitted.items():
+            layers[name].raw_scale().copy_(scale)
+            for _, layer in qat_layers(model):
+                if layer.owner is layers[name]:
+                    layer.scheme = scheme
+    return list(fitted)
