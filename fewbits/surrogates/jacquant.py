@@ -76,7 +76,7 @@ class JacQuant(Surrogate):
     law_width: float | None = None
     interval: int = 100
     refresh: Literal["interval", "drift"] = "interval"
-    drift_steps: float = 0.02
+    drift_steps: float = 0.05
     check_interval: int = 10
     beta: float = 0.1
     clip_first: bool = False
