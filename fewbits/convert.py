@@ -239,9 +239,11 @@ def training_layer(module: nn.Module) -> QATLayer:
 
 
 def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` in the place of the submodule ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put ``new`` in the place of the submodule ``name``, also where other parents hold the same module."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [key for key, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
 
 
 def _warn_if_little_is_quantized(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Scales: granularity as a view of the weight, rules that find a scale, and the double-quantized form.
 
 A weight ``(rows, in_features)`` is viewed as ``(R, G, size)``: R scales rows, G groups a row. Scales have shape
-``(R, G)`` and broadcast over the last axis. Nothing is copied unless the last group is ragged.
+``(R, G)`` and broadcast over the last axis. Nothing is copied unless the weight is transposed or its last group ragged.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ _SEARCH_LOW, _SEARCH_HIGH = 0.3, 3.5
 @dataclass(frozen=True)
 class GroupView:
     """How a weight is cut into the groups that share one scale.
+
+    Both directions give contiguous tensors, so that sums and matrix products do not depend on how a weight is stored.
 
     Example:
         >>> view = GroupView((4, 100), "per_group", 32)
@@ -80,15 +82,15 @@ class GroupView:
         return counts
 
     def split(self, x: Tensor) -> Tensor:
-        """``(R, G, size)`` view; a zero-padded copy where the last group is ragged."""
-        x = x.reshape(self.rows, self.width)
+        """``(R, G, size)`` view; a copy of a transposed weight, zero-padded where the last group is ragged."""
+        x = x.reshape(self.rows, self.width).contiguous()
         if self.ragged:
             x = torch.nn.functional.pad(x, (0, self.num_groups * self.size - self.width))
         return x.view(self.rows, self.num_groups, self.size)
 
     def merge(self, x: Tensor) -> Tensor:
         """Inverse of :meth:`split`, in the weight's own shape."""
-        return x.reshape(self.rows, self.num_groups * self.size)[:, : self.width].reshape(self.shape)
+        return x.reshape(self.rows, self.num_groups * self.size)[:, : self.width].reshape(self.shape).contiguous()
 
     def expand(self, scale: Tensor) -> Tensor:
         """The scale of every weight, in the weight's own shape."""
