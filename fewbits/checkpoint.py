@@ -73,6 +73,23 @@ def is_prepared_folder(folder: str | Path) -> bool:
     return (Path(folder) / QAT_FILE).is_file()
 
 
+def find_prepared(path: str | Path) -> Path:
+    """The prepared model behind a run folder (``RUN/model``) or the folder itself.
+
+    Raises:
+        ValueError: for a folder that is neither, or a run that is not finished.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if is_prepared_folder(folder):
+            return folder
+    if not path.is_dir():
+        raise ValueError(f"the folder {path} does not exist")
+    if (path / "recipe.yaml").is_file():
+        raise ValueError(f"{path} is a run that is not finished: it has no model/ yet")
+    raise ValueError(f"{path} is neither a run folder nor a prepared model (no {QAT_FILE} in it or in model/)")
+
+
 def load_prepared(folder: str | Path) -> tuple[Any, Any | None]:
     """Load what :func:`save_prepared` wrote; its logits are those of the saved model, bit for bit.
 

@@ -80,6 +80,8 @@ def is_occupied(folder: str | Path) -> bool:
 def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside ``folder``, renamed to it when the block ends well and removed when it does not.
 
+    A block that moves the temporary folder elsewhere leaves ``folder`` as it was.
+
     Args:
         folder: where the finished folder will stand; missing parents are made.
         overwrite: replace a folder that fewbits wrote before. Any other folder is never replaced.
@@ -100,6 +102,8 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         with _os_errors(folder):
             partial.mkdir(parents=True)
             yield partial
+            if not partial.exists():
+                return
             for path in partial.rglob("*"):
                 if path.is_file():
                     _sync(path)

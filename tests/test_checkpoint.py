@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerFast
 
 import fewbits.nn
 from fewbits import Rule, Scheme, prepare
-from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
+from fewbits.checkpoint import (
+    find_prepared,
+    is_prepared_folder,
+    load_model,
+    load_prepared,
+    load_tokenizer,
+    save_prepared,
+)
 from fewbits.convert import owned_layers, qat_layers
 from fewbits.drives import CAGE
 from fewbits.grids import Codebook
@@ -212,6 +219,19 @@ def test_loading_runs_no_scale_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fewbits.nn, "initial_scale", rule)
     _, tokenizer = load_prepared(tmp_path / "m")
     assert tokenizer("t5 t7")["input_ids"] == [5, 7]
+
+
+def test_a_run_folder_leads_to_its_model(tmp_path: Path) -> None:
+    save_prepared(prepared(), None, tmp_path / "run" / "model")
+    assert find_prepared(tmp_path / "run") == find_prepared(tmp_path / "run" / "model") == tmp_path / "run" / "model"
+    (tmp_path / "recipe.yaml").write_text("name: x")
+    with pytest.raises(ValueError, match="not finished"):
+        find_prepared(tmp_path)
+    (tmp_path / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match="neither a run folder nor"):
+        find_prepared(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        find_prepared(tmp_path / "none")
 
 
 def test_a_folder_without_tokenizer_gives_none(tmp_path: Path) -> None:

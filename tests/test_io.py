@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
+import signal
 from pathlib import Path
 
 import pytest
@@ -108,6 +106,15 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
         make_folder(tmp_path / "file", "two", overwrite=True)
 
 
+def test_a_block_may_put_its_folder_elsewhere(tmp_path: Path) -> None:
+    make_folder(tmp_path / "out", "one")
+    with atomic_folder(tmp_path / "out", overwrite=True) as partial:
+        (partial / "data.txt").write_text("two")
+        partial.rename(tmp_path / "out.rejected")
+    assert names(tmp_path) == ["out", "out.rejected"]
+    assert (tmp_path / "out" / "data.txt").read_text() == "one"
+
+
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert not is_occupied(tmp_path / "out")
@@ -135,24 +142,21 @@ def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path, error: BaseExc
 
 def test_a_write_that_the_system_refuses_is_an_os_error_and_nothing_is_left(tmp_path: Path) -> None:
     """A file size limit stands for a full disk: the write itself fails, inside safetensors."""
-    pytest.importorskip("resource")
-    code = f"""
-        import resource, signal
-        from pathlib import Path
-        import torch
-        from safetensors.torch import save_file
-        from fewbits.io import atomic_folder
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-        try:
-            with atomic_folder(Path({str(tmp_path)!r}) / "out") as partial:
-                save_file({{"x": torch.zeros(100_000)}}, partial / "model.safetensors")
-        except OSError as error:
-            print("caught:", error)
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert "cannot write" in done.stdout
-    assert "nothing was changed there" in done.stdout
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "out") as partial:
+            save_file({"x": torch.zeros(100_000)}, partial / "model.safetensors")
+
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*out: .* nothing was changed there"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert names(tmp_path) == []
 
 

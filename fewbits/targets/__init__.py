@@ -1,1 +1,42 @@
 """What engines hold: one file per target; each says which grids it holds without loss, writes them and reads back."""
+
+from __future__ import annotations
+
+import difflib
+
+from fewbits.targets.base import Target
+from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.hf import HF
+
+TARGETS: dict[str, Target] = {t.name: t for t in (HF(), Dequantized(), Dequantized("fp16"), Dequantized("fp32"))}
+"""Every target by the name that recipes and the command line use."""
+
+
+def get_target(name: str) -> Target:
+    """The target of this name.
+
+    Raises:
+        ValueError: for an unknown name, listing near ones.
+
+    Example:
+        >>> get_target("hf").name
+        'hf'
+    """
+    if name not in TARGETS:
+        near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown target {name!r}; {hint}known targets: {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def folder_name(name: str) -> str:
+    """A target's name as a folder's name.
+
+    Example:
+        >>> folder_name("gguf:q2_0")
+        'gguf-q2_0'
+    """
+    return name.replace(":", "-")
+
+
+__all__ = ["HF", "TARGETS", "Dequantized", "Target", "folder_name", "get_target"]
