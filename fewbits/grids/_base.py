@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_BITS = 8
+"""Largest number of bits of a code."""
 
 
 class Grid(Protocol):
@@ -72,6 +73,7 @@ class Grid(Protocol):
 
 
 def check_bits(kind: str, num_bits: int, low: int = 1) -> None:
+    """Refuse a number of bits outside ``low`` to ``MAX_BITS``."""
     if not isinstance(num_bits, int) or isinstance(num_bits, bool) or not low <= num_bits <= MAX_BITS:
         raise ValueError(f"{kind} grid with num_bits={num_bits!r}: it must be an integer from {low} to {MAX_BITS}")
 
