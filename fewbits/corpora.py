@@ -18,6 +18,7 @@ Example:
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import io
@@ -178,8 +179,14 @@ def embedded_texts(split: Literal["train", "valid"]) -> list[str]:
     if split == "valid":
         return (embedded_model_path() / "valid.txt").read_text(encoding="utf-8").split(DOCUMENT_SEPARATOR)
     if split == "train":
-        return without_shared_paragraphs(split_documents(pydoc_corpus())[0], embedded_texts("valid"))
+        return list(_training_texts())
     raise ValueError(f'split={split!r} is not a part of the embedded text; use "train" or "valid".')
+
+
+@functools.cache
+def _training_texts() -> tuple[str, ...]:
+    """Parsing the standard library takes seconds: once a process is enough."""
+    return tuple(without_shared_paragraphs(split_documents(pydoc_corpus())[0], embedded_texts("valid")))
 
 
 def without_shared_paragraphs(docs: Iterable[str], held_out: Iterable[str]) -> list[str]:

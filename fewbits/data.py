@@ -87,7 +87,9 @@ class TokenBlocks(Dataset[dict[str, Tensor]]):
         """
         num_valid = max(1, round(len(self) * holdout))
         if num_valid >= len(self):
-            raise ValueError(f"{len(self)} blocks are too few to hold out {holdout:.0%}; use more text or smaller blocks")
+            raise ValueError(
+                f"{len(self)} blocks are too few to hold out {holdout:.0%}; use more text or smaller blocks"
+            )
         train, valid = self.tokens[:-num_valid], self.tokens[-num_valid:]
         return TokenBlocks(train, self.bytes_per_token), TokenBlocks(valid, self.bytes_per_token)
 
@@ -120,7 +122,9 @@ def pack_texts(texts: Iterable[str], tokenizer: Any, block_size: int, *, max_tok
     if not stream:
         raise ValueError("there is no text to train on: every document is empty")
     if len(stream) < block_size:
-        raise ValueError(f"the text has {len(stream)} tokens, less than one block of {block_size}; use a smaller block_size")
+        raise ValueError(
+            f"the text has {len(stream)} tokens, less than one block of {block_size}; use a smaller block_size"
+        )
     usable = len(stream) if max_tokens is None else min(len(stream), max(max_tokens, block_size))
     num_blocks = usable // block_size
     tokens = np.asarray(stream[: num_blocks * block_size]).reshape(num_blocks, block_size)
@@ -174,7 +178,8 @@ def sample_teacher(
     teacher.eval()
     generator = torch.Generator().manual_seed(seed)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    vocab = teacher.get_input_embeddings().weight.shape[0]
+    embeddings: Any = teacher.get_input_embeddings()  # type: ignore[operator]
+    vocab = int(embeddings.weight.shape[0])
     blocks: list[Tensor] = []
     # transformers 5 renames the argument on the way; either name is asked of the model itself
     key = "cache" if "cache" in inspect.signature(teacher.forward).parameters else "past_key_values"

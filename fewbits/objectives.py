@@ -33,7 +33,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
-    r"""Forward KL to the teacher, :math:`\tau^2\,\mathrm{KL}(\mathrm{softmax}(z_T/\tau)\,\|\,\mathrm{softmax}(z_S/\tau))`.
+    r"""Forward KL to the teacher, :math:`\tau^2\,\mathrm{KL}(p_T\,\|\,p_S)` with :math:`p = \mathrm{softmax}(z/\tau)`.
 
     The mean over labels that are not -100, in nats (times :math:`\tau^2`, so that gradients keep their size: the
     gradient for the student's logits is :math:`\tau(p_S - p_T)` per token). The teacher's logits are detached.
@@ -97,12 +97,10 @@ class Objective:
                 raise ValueError("the objective distils (kl > 0) but there is no teacher; pass one or set kl=0")
             if teacher_logits[:, :-1].shape != logits.shape:
                 raise ValueError(
-                    f"teacher logits {tuple(teacher_logits[:, :-1].shape)} and student logits {tuple(logits.shape)} differ; "
-                    "teacher and student need the same vocabulary"
+                    f"teacher logits {tuple(teacher_logits[:, :-1].shape)} and student logits {tuple(logits.shape)} "
+                    "differ; teacher and student need the same vocabulary"
                 )
-            loss = loss + self.kl * kl_divergence(
-                logits, teacher_logits[:, :-1], labels, temperature=self.temperature
-            )
+            loss = loss + self.kl * kl_divergence(logits, teacher_logits[:, :-1], labels, temperature=self.temperature)
         return loss
 
     def to_dict(self) -> dict[str, Any]:

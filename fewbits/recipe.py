@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from importlib import resources
@@ -27,9 +28,11 @@ class RuleSpec(_Part):
     options: dict[str, Any] = Field(default_factory=dict, description="overrides for Scheme.parse, e.g. rule: absmean")
     surrogate: str | dict[str, Any] = "ste"
     embeddings: bool = False
+    drive: str | dict[str, Any] | None = None
 
     def build(self) -> Rule:
         """The rule itself."""
+        from fewbits.drives import drive_from_dict
         from fewbits.rotations import Rotation
         from fewbits.scheme import Scheme
         from fewbits.surrogates import surrogate_from_dict
@@ -50,6 +53,7 @@ class RuleSpec(_Part):
             scheme=scheme,
             surrogate=surrogate_from_dict(self.surrogate),
             embeddings=self.embeddings,
+            drive=None if self.drive is None else drive_from_dict(self.drive),
         )
 
 
@@ -57,7 +61,8 @@ class DataSpec(_Part):
     """Where the text comes from.
 
     ``source``: ``embedded`` (the standard library's documentation), ``self`` (samples of the teacher), ``text`` (a file
-    or folder at ``path``) or ``dataset`` (``path`` for ``datasets.load_dataset``, with ``name``, ``split``, ``column``).
+    or folder at ``path``) or ``dataset`` (``path`` for ``datasets.load_dataset``, with ``name``, ``split``,
+    ``column``).
     """
 
     source: Literal["embedded", "self", "text", "dataset"] = "embedded"
@@ -65,11 +70,13 @@ class DataSpec(_Part):
     name: str | None = None
     split: str = "train"
     column: str = "text"
-    eval_path: str | None = Field(None, description="text file or folder to evaluate on; else a part is held out")
-    block_size: int = Field(256, ge=2)
-    max_tokens: int | None = Field(None, ge=1)
-    eval_tokens: int = Field(16_384, ge=2)
-    holdout: float = Field(0.1, gt=0, lt=1)
+    eval_path: str | None = Field(
+        default=None, description="text file or folder to evaluate on; else a part is held out"
+    )
+    block_size: int = Field(default=256, ge=2)
+    max_tokens: int | None = Field(default=None, ge=1)
+    eval_tokens: int = Field(default=16_384, ge=2)
+    holdout: float = Field(default=0.1, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> DataSpec:
@@ -83,22 +90,22 @@ class DataSpec(_Part):
 class TrainSpec(_Part):
     """How it is trained; names are those of ``transformers.TrainingArguments`` where one exists."""
 
-    max_steps: int = Field(200, ge=1)
-    batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    scale_learning_rate: float | None = Field(None, ge=0)
-    rest_learning_rate: float | None = Field(None, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    max_steps: int = Field(default=200, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    scale_learning_rate: float | None = Field(default=None, ge=0)
+    rest_learning_rate: float | None = Field(default=None, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     lr_scheduler_type: str = "cosine"
-    warmup_steps: int = Field(10, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     optim: str = "adamw_torch"
-    save_steps: int | None = Field(None, ge=1)
-    save_total_limit: int | None = Field(2, ge=1)
-    logging_steps: int = Field(10, ge=1)
-    telemetry_interval: int = Field(50, ge=1)
-    gradient_checkpointing: bool = False
+    save_steps: int | None = Field(default=None, ge=1)
+    save_total_limit: int | None = Field(default=2, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
+    telemetry_interval: int = Field(default=50, ge=1)
+    activation_checkpointing: bool = False
     bf16: bool = False
     freeze: list[str] = Field(default_factory=list, description="patterns of parameter names that stay fixed")
 
@@ -106,9 +113,9 @@ class TrainSpec(_Part):
 class ObjectiveSpec(_Part):
     """Weights of the loss, see :class:`fewbits.objectives.Objective`."""
 
-    cross_entropy: float = Field(0.0, ge=0)
-    kl: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
+    cross_entropy: float = Field(default=0.0, ge=0)
+    kl: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
 
     def build(self) -> Objective:
         """The objective itself."""
@@ -123,16 +130,16 @@ class Recipe(_Part):
         50
     """
 
-    model: str = Field("embedded", description="'embedded', 'smollm2', a local folder or a hub id")
-    teacher: str | None = Field(None, description="None: the model itself before quantization")
+    model: str = Field(default="embedded", description="'embedded', 'smollm2', a local folder or a hub id")
+    teacher: str | None = Field(default=None, description="None: the model itself before quantization")
     trust_remote_code: bool = False
-    target: str = Field("hf", description="the engine format that must hold the result without loss")
+    target: str = Field(default="hf", description="the engine format that must hold the result without loss")
     rules: list[RuleSpec] = Field(default_factory=lambda: [RuleSpec()], min_length=1)
     ignore: list[str] | None = None
     data: DataSpec = DataSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     train: TrainSpec = TrainSpec()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _parts_build(self) -> Recipe:
@@ -177,7 +184,9 @@ class Recipe(_Part):
             text = path.read_text(encoding="utf-8")
         else:
             near = difflib.get_close_matches(str(path), shipped_recipes(), n=3)
-            hint = f"; did you mean {', '.join(near)}?" if near else f"; shipped recipes: {', '.join(shipped_recipes())}"
+            hint = (
+                f"; did you mean {', '.join(near)}?" if near else f"; shipped recipes: {', '.join(shipped_recipes())}"
+            )
             raise ValueError(f"recipe {str(path)!r} is neither a file nor a shipped recipe{hint}")
         return cls.parse(text, overrides)
 
@@ -211,11 +220,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict | list):
             raise ValueError(f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a mapping")
     parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as a string
             parsed = float(parsed)
-        except ValueError:
-            pass
     if isinstance(node, list):
         node[_index(node, last, override)] = parsed
     else:

@@ -94,7 +94,7 @@ def test_samples_of_the_teacher_are_deterministic_and_leave_the_global_stream_al
 
 
 def test_samples_follow_the_teacher() -> None:
-    """With the cache or without, the sampled token has a probability that the teacher gives it: low temperature = argmax."""
+    """At low temperature the samples, drawn with a cache, are the argmax of one pass without it."""
     teacher = tiny_llama(seed=5)
     block = sample_teacher(teacher, ByteTokenizer(), num_tokens=12, block_size=12, temperature=1e-4).tokens[0]
     with torch.no_grad():

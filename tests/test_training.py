@@ -153,7 +153,10 @@ def test_telemetry_counts_what_changed(tmp_path: Path) -> None:
 def test_parameter_groups() -> None:
     model = tiny_llama(tie=True)
     prepare(model, Rule(scheme="W2A16G32"))
-    groups = {g["name"]: g for g in parameter_groups(model, learning_rate=1.0, scale_learning_rate=2.0, rest_learning_rate=3.0)}
+    groups = {
+        g["name"]: g
+        for g in parameter_groups(model, learning_rate=1.0, scale_learning_rate=2.0, rest_learning_rate=3.0)
+    }
     assert {k: g["lr"] for k, g in groups.items()} == {"latent": 1.0, "scale": 2.0, "rest": 3.0, "rest_no_decay": 3.0}
     total = sum(len(g["params"]) for g in groups.values())
     assert total == len(list(model.parameters()))
@@ -206,7 +209,7 @@ def test_a_checkpoint_that_cannot_be_finished_is_removed(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(OSError, match="could not be written.*No space left"):
+    with pytest.raises(OSError, match=r"could not be written.*No space left"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 

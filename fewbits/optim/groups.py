@@ -27,7 +27,8 @@ def parameter_groups(
         weight_decay: of the latent weights, and of matrices among the rest.
 
     Returns:
-        Dicts with ``params``, ``lr``, ``weight_decay`` and ``name`` (``latent``, ``scale``, ``rest``, ``rest_no_decay``).
+        Dicts with ``params``, ``lr``, ``weight_decay`` and ``name`` (``latent``, ``scale``, ``rest`` or
+        ``rest_no_decay``).
 
     Raises:
         ValueError: if the model has no prepared layer, or nothing is left to train.

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fewbits.convert import owned_layers
 from fewbits.nn import QATLayer
+from fewbits.optim.driving import apply_drives_, set_progress_
 from fewbits.surrogates import JacQuant
 from fewbits.training.metrics import MetricsFile
 from fewbits.training.telemetry import Telemetry
@@ -54,6 +55,7 @@ class QATCallback(TrainerCallback):
         model = extract_model_from_parallel(kwargs["model"])
         if not any(True for _ in owned_layers(model)):
             raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
+        set_progress_(model, state.global_step / max(1, state.max_steps))
         self.telemetry.start(model)
         if self.metrics is not None and state.is_world_process_zero:
             self.metrics.resume_at(state.global_step)
@@ -78,15 +80,14 @@ class QATCallback(TrainerCallback):
                     scale_update_(layer, self._before[name])
         self._before = {}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refresh gains and look at layers whose interval is over."""
         step = state.global_step
+        model = extract_model_from_parallel(kwargs["model"])
+        apply_drives_(model, step=step, total_steps=state.max_steps, lr=latent_learning_rate(kwargs.get("optimizer")))
         looked: dict[str, dict[str, float]] = {}
-        for name, layer in owned_layers(extract_model_from_parallel(kwargs["model"])):
-            interval = layer.surrogate.interval if isinstance(layer.surrogate, JacQuant) else self.telemetry_interval
-            if step % interval:
+        for name, layer in owned_layers(model):
+            if not self._is_due(step, layer):
                 continue
             looked[name] = self.telemetry.look(name, layer)
             if isinstance(layer.surrogate, JacQuant):
@@ -98,6 +99,11 @@ class QATCallback(TrainerCallback):
             self.last = looked
             if self.metrics is not None and state.is_world_process_zero:
                 self.metrics.write(step, {**mean_over_layers(looked), "layers": looked})
+
+    def _is_due(self, step: int, layer: QATLayer) -> bool:
+        if isinstance(layer.surrogate, JacQuant):
+            return layer.surrogate.is_due(step, layer.state(), layer.latent(), layer.raw_scale(), layer.scheme)
+        return step % self.telemetry_interval == 0
 
     def on_log(
         self,
@@ -116,6 +122,13 @@ class QATCallback(TrainerCallback):
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             self.telemetry.save(folder)
+
+
+def latent_learning_rate(optimizer: Any) -> float:
+    """The latent weights' current rate: of the group with that name, or of the first group of another optimizer."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    named = [group["lr"] for group in groups if group.get("name") == "latent"]
+    return float((named or [group["lr"] for group in groups] or [0.0])[0])
 
 
 def _on_update(layer: QATLayer) -> bool:

