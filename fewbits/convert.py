@@ -188,7 +188,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
             raise ValueError(f"{name}.weight is on the meta device; load the weights before prepare")
         shape = tuple(weight.t().shape) if isinstance(module, Conv1D) else tuple(weight.shape)
         rule.scheme.check_shape(shape, name=f"{name}.weight")
-    _add_tied_partners(model, chosen, ignore)
+    add_tied_partners_(model, chosen, ignore)
     owners: dict[int, QATLayer] = {}
     with torch.no_grad():
         for name, (rule, module) in chosen.items():
@@ -201,9 +201,14 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
     return model
 
 
-def _add_tied_partners(
+def add_tied_partners_(
     model: nn.Module, chosen: dict[str, tuple[Rule, nn.Module]], ignore: Sequence[str] | None
 ) -> None:
+    """Add the layers that share a weight with a chosen one; in place.
+
+    Raises:
+        ValueError: if the user ignores such a layer.
+    """
     by_weight = {id(module.weight): rule for rule, module in chosen.values()}
     for name, module in model.named_modules():
         if name in chosen or not is_quantizable(module) or id(module.weight) not in by_weight:
