@@ -51,7 +51,10 @@ def main() -> None:
     base = closure([*project["dependencies"], "setuptools"])
     skip = {"lm-eval"}  # large, and no test needs it
     dev = closure([r for name, group in extras.items() if name not in skip for r in group])
-    for path, pins in (("requirements.lock", base), ("requirements-dev.lock", {k: v for k, v in dev.items() if k not in base})):
+    for path, pins in (
+        ("requirements.lock", base),
+        ("requirements-dev.lock", {k: v for k, v in dev.items() if k not in base}),
+    ):
         (ROOT / path).write_text(HEAD + "".join(f"{k}=={v}\n" for k, v in sorted(pins.items())))
 
 

@@ -37,7 +37,9 @@ def test_kl_is_cross_entropy_minus_entropy() -> None:
     p = t.softmax(-1)
     ce = -(p * z.log_softmax(-1)).sum(-1).mean()
     entropy = -(p * p.log()).sum(-1).mean()
-    assert kl_divergence(z, t, torch.zeros(4, dtype=torch.long)).item() == pytest.approx((ce - entropy).item(), abs=1e-6)
+    assert kl_divergence(z, t, torch.zeros(4, dtype=torch.long)).item() == pytest.approx(
+        (ce - entropy).item(), abs=1e-6
+    )
 
 
 def test_high_temperature_limit() -> None:

@@ -28,7 +28,9 @@ def test_overrides_reach_nested_keys_and_lists() -> None:
 
 
 def test_rule_options_and_surrogates() -> None:
-    text = "rules: [{scheme: W1, options: {rule: absmean, mode: dynamic}, surrogate: {name: jacquant, preset: probe_rel}}]"
+    text = (
+        "rules: [{scheme: W1, options: {rule: absmean, mode: dynamic}, surrogate: {name: jacquant, preset: probe_rel}}]"
+    )
     rule = Recipe.parse(text).rules[0].build()
     assert (rule.scheme.scale.rule, rule.scheme.scale.mode) == ("absmean", "dynamic")
     assert rule.surrogate == JacQuant.preset("probe_rel")
