@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 Logits = Callable[[Tensor], Tensor]
-"""Token ids ``(1, length)`` to logits ``(1, length, vocabulary)``."""
+"""Token ids ``(sequences, length)`` to logits ``(sequences, length, vocabulary)``."""
+
+_TOKENS_AT_ONCE = 256
 
 
 class Difference(BaseModel):
@@ -97,7 +99,7 @@ def tensor_difference(where: str, what: str, found: Tensor | None, expected: Ten
 
 
 def compare_logits(expected: Logits, found: Logits, ids: Tensor) -> LogitsComparison:
-    r"""Compare two models sequence by sequence.
+    r"""Compare two models on the same tokens.
 
     .. math:: \mathrm{kl} = \frac1N \sum_i \sum_t p_i(t)\,(\log p_i(t) - \log q_i(t)), \quad p = \text{expected}
 
@@ -110,17 +112,21 @@ def compare_logits(expected: Logits, found: Logits, ids: Tensor) -> LogitsCompar
     worst = kl = 0.0
     finite = True
     with torch.no_grad():
-        for row in ids.split(1):
-            a, b = expected(row), found(row)
-            if a.shape != b.shape:
-                raise ValueError(f"logits have shape {tuple(b.shape)} in the export, {tuple(a.shape)} in the model")
-            finite &= bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
-            a, b = a.double() + 0.0, b.double() + 0.0  # exact; and -0.0 becomes 0.0, since a zero weight has a sign
-            num_different += count_different(a, b)
-            worst = max(worst, float((a - b).abs().max()))
-            log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
-            num_same_top += int((a.argmax(-1) == b.argmax(-1)).sum())
+        for rows in ids.split(max(1, _TOKENS_AT_ONCE // ids.shape[1])):
+            both = expected(rows), found(rows)
+            if both[0].shape != both[1].shape:
+                raise ValueError(
+                    f"logits have shape {tuple(both[1].shape)} in the export, {tuple(both[0].shape)} in the model"
+                )
+            for pair in zip(*both, strict=True):
+                # exact in float64; and -0.0 becomes 0.0, since a zero weight has a sign
+                a, b = (x.double() + 0.0 for x in pair)
+                finite &= bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
+                num_different += count_different(a, b)
+                worst = max(worst, float((a - b).abs().max()))
+                log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum())
+                num_same_top += int((a.argmax(-1) == b.argmax(-1)).sum())
     return LogitsComparison(
         max_abs_diff=worst,
         kl=kl / ids.numel(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -128,6 +129,25 @@ def test_training_mode_comes_back_and_dropout_does_not_matter(tmp_path: Path) ->
     assert model.training
     assert not model.transformer.h[0].attn.training
     assert model.transformer.h[1].attn.training
+
+
+def test_shards_are_read_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(tiny_llama())
+    monkeypatch.setattr(model, "save_pretrained", functools.partial(model.save_pretrained, max_shard_size="20KB"))
+    for target in ("hf", "dequantized"):
+        folder = export(model, target, tmp_path / target)
+        assert len(list(folder.glob("*.safetensors"))) > 1
+        assert verify(model, folder).passed
+        max(folder.glob("*.safetensors")).unlink()
+        assert not verify(model, folder).passed
+
+
+def test_many_tokens_are_compared_in_parts(model: Any, exports: Path) -> None:
+    ids = torch.arange(3 * 100).view(3, 100) % 256
+    report = verify(model, exports / "hf", token_ids=ids, save=False)
+    assert report.passed
+    assert report.logits is not None
+    assert report.logits.num_tokens == 300
 
 
 def test_own_tokens(model: Any, exports: Path) -> None:
@@ -359,17 +379,15 @@ def test_tensor_difference_in_words() -> None:
 def test_compare_logits_against_closed_forms() -> None:
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
     ids = torch.zeros(3, 2, dtype=torch.long)
-    zero = torch.zeros(1, 2, 3)
+    zero = torch.zeros(3, 2, 3)
     assert compare_logits(lambda row: zero, lambda row: -zero, ids).bitwise_equal
     assert not compare_logits(lambda row: zero, lambda row: zero + 1e-30, ids).bitwise_equal
-    found = compare_logits(
-        lambda row: p.log().expand(1, row.shape[1], 3), lambda row: q.log().expand(1, row.shape[1], 3), ids
-    )
+    found = compare_logits(lambda row: p.log().expand(*row.shape, 3), lambda row: q.log().expand(*row.shape, 3), ids)
     assert found.kl == pytest.approx(0.25 * torch.log(torch.tensor(2.0)).item(), rel=1e-6)
     assert found.max_abs_diff == pytest.approx(torch.log(torch.tensor(2.0)).item(), rel=1e-6)
     assert (found.top1_agreement, found.bitwise_equal, found.finite, found.num_tokens) == (0.0, False, True, 6)
     with pytest.raises(ValueError, match="logits have shape"):
-        compare_logits(lambda row: torch.zeros(1, 2, 3), lambda row: torch.zeros(1, 2, 4), ids)
+        compare_logits(lambda row: torch.zeros(3, 2, 3), lambda row: torch.zeros(3, 2, 4), ids)
 
 
 def test_fixed_tokens_are_fixed_and_fit() -> None:
