@@ -5,10 +5,20 @@ from __future__ import annotations
 import difflib
 
 from fewbits.targets.base import Target
+from fewbits.targets.compressed_tensors import CompressedTensors
 from fewbits.targets.dequantized import Dequantized
 from fewbits.targets.hf import HF
 
-TARGETS: dict[str, Target] = {t.name: t for t in (HF(), Dequantized(), Dequantized("fp16"), Dequantized("fp32"))}
+_ALL: tuple[Target, ...] = (
+    HF(),
+    Dequantized(),
+    Dequantized("fp16"),
+    Dequantized("fp32"),
+    CompressedTensors(),
+    CompressedTensors(num_bits=4),
+    CompressedTensors(num_bits=8),
+)
+TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 """Every target by the name that recipes and the command line use."""
 
 
