@@ -7,6 +7,9 @@ import difflib
 from fewbits.targets.base import Target
 from fewbits.targets.compressed_tensors import CompressedTensors
 from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.gguf import GGUF
+from fewbits.targets.gguf import TYPES as GGUF_TYPES
+from fewbits.targets.gptq import GPTQ
 from fewbits.targets.hf import HF
 
 _ALL: tuple[Target, ...] = (
@@ -17,6 +20,10 @@ _ALL: tuple[Target, ...] = (
     CompressedTensors(),
     CompressedTensors(num_bits=4),
     CompressedTensors(num_bits=8),
+    GPTQ(),
+    GPTQ(num_bits=4),
+    GGUF(),
+    *(GGUF(kind) for kind in GGUF_TYPES),
 )
 TARGETS: dict[str, Target] = {target.name: target for target in _ALL}
 """Every target by the name that recipes and the command line use."""
@@ -49,4 +56,4 @@ def folder_name(name: str) -> str:
     return name.replace(":", "-")
 
 
-__all__ = ["HF", "TARGETS", "Dequantized", "Target", "folder_name", "get_target"]
+__all__ = ["GGUF", "HF", "TARGETS", "Dequantized", "Target", "folder_name", "get_target"]
