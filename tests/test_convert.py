@@ -134,6 +134,16 @@ def test_tied_weights_stay_one_tensor(kind: str) -> None:
     assert torch.equal(logits(copied), logits(model))
 
 
+@pytest.mark.parametrize("kind", TIED)
+def test_a_rule_for_the_head_alone_takes_the_embedding_along(kind: str) -> None:
+    """The head owns the weight, though the embedding comes first in the model."""
+    model = prepare(TINY_MODELS[kind](), Rule(pattern="lm_head", scheme="W4"), ignore=[])  # type: ignore[arg-type]
+    assert model.get_input_embeddings().owner is model.get_output_embeddings()
+    before = logits(model)
+    assert torch.equal(logits(convert(model)), before)
+    assert model.get_input_embeddings().owner is model.get_output_embeddings()
+
+
 def test_only_the_head_of_an_untied_model() -> None:
     model = prepare(tiny_llama(), Rule(pattern="lm_head", scheme="W4"), ignore=[])  # type: ignore[arg-type]
     assert [name for name, _ in qat_layers(model)] == ["lm_head"]

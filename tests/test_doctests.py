@@ -15,7 +15,7 @@ import fewbits
 
 MODULES = ["fewbits", *(info.name for info in pkgutil.walk_packages([str(Path(fewbits.__file__).parent)], "fewbits."))]
 NEEDS_EXTRA: dict[str, str] = {}
-"""Modules that need an extra to be imported, and what it brings: none, since extras are imported where they are used."""
+"""Modules that need an extra to be imported, and what it brings: none, extras are imported where they are used."""
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 

@@ -284,9 +284,10 @@ def test_backward_saves_the_weight_and_the_scale_and_nothing_else(surrogate: Any
     scale = initial_scale(w, scheme).requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        fake_quantize(w, scheme, scale, surrogate)
+        out = fake_quantize(w, scheme, scale, surrogate)
     assert {t.data_ptr() for t in saved} == {w.data_ptr(), scale.data_ptr()}
     assert len(saved) == 2
+    assert not [value for value in vars(out.grad_fn).values() if isinstance(value, Tensor)], "nothing kept aside either"
 
 
 def test_double_backward_of_the_straight_through_quantizer() -> None:

@@ -313,6 +313,17 @@ def test_the_literal_preset_clips_before_it_averages() -> None:
         assert state["gain"].mean().item() == pytest.approx(expected, abs=0.03)
 
 
+def test_other_presets_average_the_raw_estimate() -> None:
+    """Clipping first would be biased; raw estimates above 1 must enter the average."""
+    w = STD * torch.randn(200, 128)
+    surrogate = JacQuant.preset("probe_rel", beta=1.0)
+    state = surrogate.init_state(w.shape)
+    surrogate.refresh_(state, w, torch.full((1, 1), 2 * STD), SEQ2, stream())
+    assert state["gain"].max() > 1
+    assert torch.equal(state["gain"], estimate(surrogate, w, SEQ2, 2 * STD))
+    assert surrogate.gain(state).max() == 1
+
+
 def test_the_stationary_gain_of_the_literal_preset() -> None:
     """Mean .16 with quartiles 0, 0, .09 (papers.md 3.4), though every true sensitivity is about 1."""
     w = STD * torch.randn(4000, 128)
@@ -436,7 +447,9 @@ def test_bf16_weights_are_probed_in_fp32() -> None:
     """At .03 a bf16 step is 1.2e-4, as large as the probe: in bf16 w + d would equal w."""
     w = (STD * torch.randn(50, 128)).bfloat16()
     surrogate = JacQuant.preset("paper_literal")
-    assert torch.equal(estimate(surrogate, w, SEQ2, 2 * STD), estimate(surrogate, w.float(), SEQ2, 2 * STD))
+    rotated = Scheme(grid=SEQ2.grid, scale=SEQ2.scale, rotation=Rotation(kind="hadamard"))
+    for scheme in (SEQ2, rotated):
+        assert torch.equal(estimate(surrogate, w, scheme, 2 * STD), estimate(surrogate, w.float(), scheme, 2 * STD))
 
 
 def test_the_estimate_of_a_rotated_weight_is_the_one_of_its_rotation() -> None:

@@ -75,6 +75,17 @@ def test_a_view_copies_only_where_the_last_group_is_ragged() -> None:
     assert not padded[:, -1, 4:].any()
 
 
+@pytest.mark.parametrize("w", [torch.randn(4, 100), torch.randn(100, 4).t()], ids=["plain", "transposed"])
+@pytest.mark.parametrize("group_size", [None, 32, 50])
+def test_both_directions_are_contiguous(w: torch.Tensor, group_size: int | None) -> None:
+    """Else the same weight, stored in another order, would give sums and logits that differ in the last bit."""
+    view = GroupView((4, 100), "per_channel" if group_size is None else "per_group", group_size)
+    split = view.split(w)
+    assert split.is_contiguous()
+    assert view.merge(split).is_contiguous()
+    assert torch.equal(view.merge(split), w)
+
+
 # rules on the golden vector and on Gaussian weights ----------------------------------------------------------------
 
 FLAT_OPTIMUM = 5e-4

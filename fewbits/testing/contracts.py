@@ -238,6 +238,7 @@ def _check_saved(surrogate: Surrogate, scheme: Scheme, w: Tensor, scale: Tensor)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = fake_quantize(w, scheme, scale, surrogate)
     assert sorted(saved) == sorted([w.data_ptr(), scale.data_ptr()]), "backward saves only the weight and its scale"
+    assert not [value for value in vars(out.grad_fn).values() if isinstance(value, Tensor)], "and keeps nothing aside"
     (first,) = torch.autograd.grad((out * out).sum(), w, create_graph=True)
     if first.requires_grad:  # a surrogate may pass no gradient at all
         (second,) = torch.autograd.grad(first.sum(), w)
