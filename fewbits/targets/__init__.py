@@ -11,6 +11,7 @@ from fewbits.targets.gguf import GGUF
 from fewbits.targets.gguf import TYPES as GGUF_TYPES
 from fewbits.targets.gptq import GPTQ
 from fewbits.targets.hf import HF
+from fewbits.targets.mlx import MLX
 
 _ALL: tuple[Target, ...] = (
     HF(),
@@ -22,6 +23,8 @@ _ALL: tuple[Target, ...] = (
     CompressedTensors(num_bits=8),
     GPTQ(),
     GPTQ(num_bits=4),
+    MLX(),
+    MLX("fp16"),
     GGUF(),
     *(GGUF(kind) for kind in GGUF_TYPES),
 )

@@ -46,16 +46,25 @@ def write_layers(folder: Path, codes: dict[str, QTensor], tied: dict[str, str] |
     write_json(folder / LAYERS_FILE, FewbitsConfig.from_packed(packed, tied or {}).to_dict())
 
 
+def layers_config(folder: Path) -> FewbitsConfig:
+    """What :func:`write_layers` wrote.
+
+    Raises:
+        ValueError: for a missing or damaged file.
+    """
+    config = FewbitsConfig(**read_json_object(folder / LAYERS_FILE))
+    if not config.packed():
+        raise ValueError(f"{folder / LAYERS_FILE} lists no layer")
+    return config
+
+
 def read_layers(folder: Path) -> Packed:
     """Scheme and shape of every layer.
 
     Raises:
         ValueError: for a missing or damaged file.
     """
-    packed = FewbitsConfig(**read_json_object(folder / LAYERS_FILE)).packed()
-    if not packed:
-        raise ValueError(f"{folder / LAYERS_FILE} lists no layer")
-    return packed
+    return layers_config(folder).packed()
 
 
 def linear_codes(model: Any, target: str) -> dict[str, QTensor]:
