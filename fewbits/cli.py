@@ -13,6 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from fewbits.cli_runtime import runtime_app
+
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
 out = Console(highlight=False, soft_wrap=True)
@@ -87,6 +89,32 @@ def train(
     result = run(Recipe.load(recipe, overrides or []), output, resume=resume, overwrite=overwrite, quiet=quiet)
     out.print(_table(SCORE_HEADER, score_rows(result.scores)))
     out.print(f"model {result.folder / 'model'} · report {write_report(result.folder)}")
+
+
+@app.command(
+    epilog="Examples: `fewbits ptq embedded --method gptq -o runs/g` · "
+    "`fewbits ptq smollm2 --method gptq --scheme W3A16G64 -o runs/s --text book.txt damping=0.05 num_blocks=32`"
+)
+def ptq(
+    model: Annotated[str, typer.Argument(help="'embedded', 'smollm2', a local folder or a hub id.")],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value options of the method.")] = None,
+    method: Annotated[str, typer.Option(help="Post-training method.")] = "gptq",
+    scheme: Annotated[str, typer.Option(help="Bits and groups, e.g. W2A16G64.")] = "W2A16G64",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/ptq"),
+    text: Annotated[
+        Path | None, typer.Option(help="Calibration text; its end is held out (default: the embedded text).")
+    ] = None,
+    target: Annotated[str, typer.Option(help="Engine format that must hold the result.")] = "hf",
+    overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
+) -> None:
+    """Quantize without training, and leave a run folder: a baseline, or the start of training (`init` of a recipe)."""
+    from fewbits.pipeline import ptq_recipe, run
+    from fewbits.report import SCORE_HEADER, score_rows
+
+    recipe = ptq_recipe(model, method, scheme, text=text, target=target, options=options or ())
+    result = run(recipe, output, overwrite=overwrite)
+    out.print(_table(SCORE_HEADER, score_rows(result.scores)))
+    out.print(f"model {result.folder / 'model'}")
 
 
 @app.command(name="eval", epilog="Example: `fewbits eval runs/a --text book.txt --teacher embedded`")
@@ -222,6 +250,9 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one in f
     for key, text in found.items():
         first = text.splitlines()[0].lstrip("# ")
         out.print(f"[bold]{key}[/]  {escape(first)}")
+
+
+app.add_typer(runtime_app)
 
 
 def main() -> None:

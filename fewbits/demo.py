@@ -142,8 +142,8 @@ def compare(name_a: str, a: Sequence[float], name_b: str, b: Sequence[float]) ->
     """One honest sentence on two paired lists of perplexities (same seeds).
 
     Example:
-        >>> compare("A", [10.0, 10.2, 10.1], "B", [10.1, 10.1, 10.1])
-        'A and B do not differ beyond their seed spread: paired difference -0.000 +- 0.100 in perplexity over 3 seeds.'
+        >>> compare("A", [10.0, 10.2, 10.2], "B", [10.1, 10.1, 10.1])
+        'A and B do not differ beyond their seed spread: paired difference +0.033 +- 0.115 in perplexity over 3 seeds.'
     """
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean = statistics.fmean(differences)
@@ -218,8 +218,8 @@ def _rows(settings: DemoSettings, folders: dict[str, list[Path]]) -> list[DemoRo
     full_bytes = sum(p.numel() * 2 for p in model.parameters())
     rows = [_row("full precision", 16.0, full_bytes, [start["fp"]], generate_line(model, tokenizer))]
     prepare(model, [rule.build() for rule in recipe.rules], ignore=recipe.ignore)
-    size = inspect_model(model)
-    bits, num_bytes = size.quantized_bits_per_weight, size.total_bytes
+    size = inspect_model(model, dtype=torch.bfloat16)
+    bits, num_bytes = float(size.quantized_bits_per_weight or 16.0), size.total_bytes
     rows.append(_row("RTN, mse scale", bits, num_bytes, [start["rtn"]], generate_line(model, tokenizer)))
     rows.insert(1, _absmax_row(source, recipe, tokenizer, bits, num_bytes))
     for arm, paths in folders.items():
