@@ -25,6 +25,7 @@ from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.io import write_text
+from fewbits.ptq import apply_ptq, check_options
 from fewbits.recipe import DataSpec, Recipe
 from fewbits.smollm2 import smollm2_path
 from fewbits.targets import get_target
@@ -33,6 +34,8 @@ from fewbits.training.telemetry import weight_histogram
 
 RECIPE_FILE = "recipe.yaml"
 EVAL_FILE = "eval.json"
+CALIBRATION_BLOCKS = 64
+"""Token blocks that a post-training method sees unless ``init_options`` has ``num_blocks``."""
 
 
 @dataclass(frozen=True)
@@ -194,13 +197,15 @@ def run(
         callbacks: more Trainer callbacks.
 
     Returns:
-        :class:`RunResult` with scores ``fp`` (the original), ``rtn`` (rounded, untrained) and ``qat``.
+        :class:`RunResult` with scores ``fp`` (the original), ``rtn`` (rounded, untrained), the recipe's ``init`` where
+        that is another method, and ``qat`` unless ``max_steps`` is 0.
 
     Raises:
         ValueError: for whatever is wrong with recipe, model, data or folder, before training starts.
         TrainingDiverged: if the loss becomes NaN or infinite; checkpoints are kept.
     """
     folder = Path(folder)
+    check_options(recipe.init, recipe.init_options)
     checkpoint = _open_folder(recipe, folder, resume=resume, overwrite=overwrite)
     source = model_source(recipe.model)
     model = load_model(source, trust_remote_code=recipe.trust_remote_code)
@@ -211,9 +216,11 @@ def run(
     else:
         teacher = load_model(model_source(recipe.teacher), trust_remote_code=recipe.trust_remote_code)
     train, valid = load_blocks(recipe.data, tokenizer, teacher, recipe.seed)
-    prepare(model, [r.build() for r in recipe.rules], ignore=recipe.ignore)
+    scores = _start(recipe, folder, model, teacher, train, valid)
     freeze_(model, recipe.train.freeze)
-    scores = _start_scores(folder, model, teacher, valid)
+    if recipe.train.max_steps == 0:
+        save_prepared(model, tokenizer, folder / "model")
+        return RunResult(folder, model, tokenizer, scores)
     trainer = QATTrainer(
         model,
         training_arguments(recipe, folder, quiet=quiet),
@@ -237,17 +244,59 @@ def run(
     return RunResult(folder, model, tokenizer, scores)
 
 
-def _start_scores(folder: Path, model: nn.Module, teacher: nn.Module, valid: TokenBlocks) -> dict[str, EvalResult]:
-    """Scores and histogram of the start; taken from the folder where an interrupted run has left them."""
-    if (folder / EVAL_FILE).exists() and (folder / "histogram.json").exists():
-        return read_scores(folder / EVAL_FILE)
-    scores = {
-        "fp": evaluate(teacher, valid, teacher=teacher),
-        "rtn": evaluate(model, valid, teacher=teacher),
-    }
-    write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))
-    write_scores(folder / EVAL_FILE, scores)
+def _start(
+    recipe: Recipe, folder: Path, model: nn.Module, teacher: nn.Module, train: TokenBlocks, valid: TokenBlocks
+) -> dict[str, EvalResult]:
+    """Prepare the model, in place; scores and histogram of the start, or those that an interrupted run has left."""
+    rules = [r.build() for r in recipe.rules]
+    known = (folder / EVAL_FILE).exists() and (folder / "histogram.json").exists()
+    scores = read_scores(folder / EVAL_FILE) if known else {"fp": evaluate(teacher, valid, teacher=teacher)}
+    if recipe.init != "rtn":
+        if not known:
+            rounded = prepare(copy.deepcopy(model), rules, ignore=recipe.ignore)
+            scores["rtn"] = evaluate(rounded, valid, teacher=teacher)
+            del rounded
+        options = {"num_blocks": CALIBRATION_BLOCKS} | recipe.init_options
+        apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **options)
+    else:
+        prepare(model, rules, ignore=recipe.ignore)
+    if not known:
+        scores[recipe.init] = evaluate(model, valid, teacher=teacher)
+        write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))
+        write_scores(folder / EVAL_FILE, scores)
     return scores
+
+
+def ptq_recipe(
+    model: str,
+    method: str,
+    scheme: str,
+    *,
+    text: str | Path | None = None,
+    target: str = "hf",
+    options: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that quantizes after training and stops there.
+
+    Args:
+        model: as in a recipe.
+        method: a method of :mod:`fewbits.ptq`.
+        scheme: of every linear layer but the output head.
+        text: file or folder to calibrate on, whose last part is held out to score; None for the embedded text.
+        target: the engine format that must hold the result.
+        options: ``key=value`` pairs of the method, such as ``damping=0.05`` or ``num_blocks=128``.
+
+    Raises:
+        ValueError: as :meth:`Recipe.parse`.
+
+    Example:
+        >>> ptq_recipe("embedded", "gptq", "W2A16G64", options=["damping=0.05"]).init_options
+        {'damping': 0.05}
+    """
+    data = {"source": "embedded"} if text is None else {"source": "text", "path": str(text)}
+    fields: dict[str, Any] = {"model": model, "target": target, "rules": [{"scheme": scheme}], "data": data}
+    fields |= {"init": method, "train": {"max_steps": 0}}
+    return Recipe.parse(json.dumps(fields), [f"init_options.{option}" for option in options])
 
 
 def write_scores(path: Path, scores: dict[str, EvalResult]) -> None:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewbits.convert import Rule
 from fewbits.objectives import Objective
 
+InitMethod = Literal["rtn", "gptq"]
+"""Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -90,7 +93,7 @@ class DataSpec(_Part):
 class TrainSpec(_Part):
     """How it is trained; names are those of ``transformers.TrainingArguments`` where one exists."""
 
-    max_steps: int = Field(default=200, ge=1)
+    max_steps: int = Field(default=200, ge=0, description="0: no training, the start that `init` gives is the result")
     batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -136,6 +139,8 @@ class Recipe(_Part):
     target: str = Field(default="hf", description="the engine format that must hold the result without loss")
     rules: list[RuleSpec] = Field(default_factory=lambda: [RuleSpec()], min_length=1)
     ignore: list[str] | None = None
+    init: InitMethod = Field(default="rtn", description="post-training method that makes the start, on data's text")
+    init_options: dict[str, Any] = Field(default_factory=dict, description="see fewbits.ptq.options_of and apply_ptq")
     data: DataSpec = DataSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     train: TrainSpec = TrainSpec()

@@ -12,6 +12,7 @@ from fewbits import plots
 from fewbits.evaluate import EvalResult
 from fewbits.io import write_text
 from fewbits.pipeline import EVAL_FILE, RECIPE_FILE, read_scores
+from fewbits.recipe import Recipe
 from fewbits.training.metrics import read_metrics
 
 _STYLE = """
@@ -112,7 +113,8 @@ def write_report(folder: str | Path) -> Path:
         plots.bars({k: [v.perplexity] for k, v in scores.items()}, y_label="perplexity", log_y=True),
         f"On {next(iter(scores.values())).num_tokens} held-out tokens.",
     )
-    sections |= training_figures({"run": folder})
+    if Recipe.load(folder / RECIPE_FILE).train.max_steps > 0:
+        sections |= training_figures({"run": folder})
     for path in sorted(folder.glob("export/*/verify.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))
         sections[f"Export {path.parent.name}"] = f"<pre>{html.escape(json.dumps(verdict, indent=1)[:4000])}</pre>"

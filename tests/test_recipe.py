@@ -52,7 +52,7 @@ def test_rule_options_and_surrogates() -> None:
         ("data: {source: text}", [], "need a path"),
         ("data: {source: self}", [], "needs data.max_tokens"),
         ("objective: {kl: 0}", [], "not both 0"),
-        ("train: {max_steps: 0}", [], r"train.max_steps: .* \(got 0\)"),
+        ("train: {max_steps: -1}", [], r"train.max_steps: .* \(got -1\)"),
         ("rules: [{scheme: W2G16}]", [], "group_size=16 is outside 32..256"),
         ("", ["novalue"], "not of the form key=value"),
         ("", ["seed.x=1"], "seed"),

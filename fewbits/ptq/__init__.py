@@ -1,0 +1,24 @@
+"""Post-training quantization: baselines, and starting points of training.
+
+Every layer method has the signature ``method(w, scheme, *, hessian=None, inputs=None, **options) -> PTQResult`` and is
+pure tensors; :func:`apply_ptq` walks a model with it and leaves a prepared one.
+"""
+
+from __future__ import annotations
+
+from fewbits.ptq._base import PTQResult, hessian_of, output_error
+from fewbits.ptq.apply import METHODS, apply_ptq, check_options, options_of
+from fewbits.ptq.gptq import gptq
+from fewbits.ptq.rtn import rtn
+
+__all__ = [
+    "METHODS",
+    "PTQResult",
+    "apply_ptq",
+    "check_options",
+    "gptq",
+    "hessian_of",
+    "options_of",
+    "output_error",
+    "rtn",
+]

@@ -1,0 +1,334 @@
+"""Walking a model: transformer blocks one after the other, and what flows into the layers of each.
+
+Nothing but this file and :mod:`fewbits.ptq.apply` knows of modules and hooks; the methods are pure tensors. A model is
+cut into :class:`Stage` s: first its embeddings, then every transformer block, then the layers outside of them (an
+untied output head). A model whose blocks cannot be told is one stage. Only the inputs of one block are held at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+
+class BlockSource(Protocol):
+    """A dataset of token blocks, such as :class:`fewbits.data.TokenBlocks`."""
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """A tensor, or a dict with ``input_ids``."""
+        ...
+
+
+Blocks = Tensor | BlockSource
+"""Calibration data: token blocks ``(n, length)``, a dataset of ``{"input_ids"}``, or float inputs of a plain module."""
+
+
+class _Enough(Exception):
+    """No error: ends a forward pass whose rest nobody needs."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the same tensor, and the normalization that wrote it (None for another source).
+
+    Attributes:
+        names: full module names, in the order in which they are called.
+        norm: full name of the module, or None.
+    """
+
+    names: tuple[str, ...]
+    norm: str | None
+
+
+@dataclass
+class Stage:
+    """A part of the model with its calibration inputs.
+
+    Attributes:
+        model: the whole model.
+        name: of the block; empty for the whole model.
+        layers: full names of the chosen layers in it, in model order.
+        num_batches: calibration batches.
+        targets: what the stage gave in full precision on inputs of the full-precision model, by batch (None unless
+            asked for).
+        data_free: no input of these layers is known (embeddings).
+    """
+
+    model: nn.Module
+    name: str
+    layers: tuple[str, ...]
+    num_batches: int
+    forward: Callable[[int], Tensor]
+    targets: list[Tensor] | None = None
+    data_free: bool = False
+    _single: dict[str, bool] = field(default_factory=dict)
+
+    def module(self, name: str) -> nn.Module:
+        """The module of this name as it is now."""
+        return self.model.get_submodule(name)
+
+    @torch.no_grad()
+    def groups(self) -> list[Group]:
+        """The chosen layers by common input, in the order of their calls; a layer that is never called comes last."""
+        seen: list[tuple[str, Tensor]] = []
+        norms: list[tuple[str, Tensor]] = []
+        handles: list[RemovableHandle] = []
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda module, args: seen.append((name, args[0]))
+
+        def note_norm(name: str) -> Callable[..., None]:
+            return lambda module, args, output: norms.append((name, output))
+
+        for name in self.layers:
+            handles.append(self.module(name).register_forward_pre_hook(note(name)))
+        prefix = f"{self.name}." if self.name else ""
+        for name, module in self.module(self.name).named_modules():
+            if is_norm(module):
+                handles.append(module.register_forward_hook(note_norm(prefix + name)))
+        with _hooks(handles):
+            self.forward(0)
+        calls = [name for name, _ in seen]
+        self._single = {name: calls.count(name) == 1 for name in self.layers}
+        found: list[Group] = []
+        inputs: list[Tensor] = []
+        for name in dict.fromkeys(calls):
+            x = next(tensor for called, tensor in seen if called == name)
+            place = next((i for i, other in enumerate(inputs) if other is x), None)
+            if place is not None:
+                found[place] = Group((*found[place].names, name), found[place].norm)
+                continue
+            inputs.append(x)
+            found.append(Group((name,), next((norm for norm, out in norms if out is x), None)))
+        return found + [Group((name,), None) for name in self.layers if name not in calls]
+
+    @torch.no_grad()
+    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """``X^T X / n`` of each layer's inputs over all batches, float64; zeros for a layer that is never called."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        waiting: set[str] = set()
+        stop_early = all(self._single.get(name, False) for name in names)
+
+        def note(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                x = args[0].detach().reshape(-1, args[0].shape[-1])
+                x = x if x.dtype == torch.float64 else x.float()
+                product = (x.t() @ x).double()  # one batch in fp32, the sum over batches in float64
+                sums[name] = sums[name] + product if name in sums else product
+                counts[name] = counts.get(name, 0) + len(x)
+                waiting.discard(name)
+                if stop_early and not waiting:
+                    raise _Enough
+
+            return hook
+
+        with _hooks([self.module(name).register_forward_pre_hook(note(name)) for name in names]):
+            for i in range(self.num_batches):
+                waiting |= set(names)
+                with _enough():
+                    self.forward(i)
+        out = {}
+        for name in names:
+            weight = self.module(name).weight
+            assert isinstance(weight, Tensor)
+            width = int(getattr(self.module(name), "in_features", weight.shape[0]))
+            empty = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+            out[name] = sums[name] / counts[name] if name in sums else empty
+        return out
+
+
+@contextmanager
+def _hooks(handles: list[RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _enough() -> Iterator[None]:
+    try:
+        yield
+    except _Enough:
+        return
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module looks like a normalization with a gain: one axis of weights (and biases), no children."""
+    own = dict(module.named_parameters(recurse=False))
+    return "weight" in own and all(p.ndim == 1 for p in own.values()) and not list(module.children())
+
+
+def to_batches(blocks: Blocks, batch_size: int, num_blocks: int | None, device: torch.device) -> list[Tensor]:
+    """Calibration data in batches on the model's device; ``num_blocks`` of them, spread evenly over all.
+
+    Raises:
+        ValueError: if there is none, or a number is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if num_blocks is not None and num_blocks < 1:
+        raise ValueError(f"num_blocks={num_blocks} must be at least 1")
+    if len(blocks) == 0:
+        raise ValueError("there is no calibration data; pass at least one token block")
+    count = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
+    rows = [blocks[int(i)] for i in torch.linspace(0, len(blocks) - 1, count, dtype=torch.float64).round()]
+    rows = [row["input_ids"] if isinstance(row, dict) else torch.as_tensor(row) for row in rows]
+    return [part.to(device) for part in torch.stack(rows).split(batch_size)]
+
+
+def run_model(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits of a Transformers model, or the output of a plain module."""
+    if isinstance(model, PreTrainedModel):
+        return model(input_ids=batch, use_cache=False).logits
+    return _first(model(batch))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the transformer blocks: the entries of the module list that holds the most of the layers."""
+    layers = list(layers)
+    best: list[str] = []
+    most = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        prefix = f"{name}." if name else ""
+        inside = sum(layer.startswith(prefix) for layer in layers)
+        if inside > most:
+            best, most = [f"{prefix}{i}" for i in range(len(module))], inside
+    return best
+
+
+@dataclass
+class _Call:
+    """How a model calls its blocks on one batch: the first block's input, and the other arguments of each block."""
+
+    hidden: Tensor
+    rest: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def run(self, model: nn.Module, block: str, hidden: Tensor) -> Tensor:
+        """What a block gives on another input, with the same other arguments."""
+        args, kwargs = self.rest[block]
+        return _first(model.get_submodule(block)(hidden, *args, **kwargs))
+
+
+@torch.no_grad()
+def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor) -> _Call | None:
+    """None where the blocks are not called one after the other on each other's output."""
+    inputs: list[tuple[str, Tensor]] = []
+    outputs: list[Tensor] = []
+    rest: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states", None)
+            inputs.append((name, hidden))
+            rest[name] = (args[1:], kwargs)
+
+        return hook
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(_first(output))
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(before(n), with_kwargs=True) for n in blocks]
+    handles += [model.get_submodule(n).register_forward_hook(after) for n in blocks]
+    with _hooks(handles):
+        run_model(model, batch)
+    in_order = [name for name, _ in inputs] == list(blocks)
+    if not in_order or not all(out is x for out, (_, x) in zip(outputs, inputs[1:], strict=False)):
+        return None
+    return _Call(inputs[0][1], rest)
+
+
+def walk(
+    model: nn.Module,
+    layers: Sequence[str],
+    blocks: Blocks | None,
+    *,
+    batch_size: int = 8,
+    num_blocks: int | None = None,
+    quantized_prefix: bool = True,
+    need_targets: bool = False,
+) -> Iterator[Stage]:
+    """Stages of a model in the order of its computation; change the layers of a stage before asking for the next.
+
+    Args:
+        model: in evaluation mode.
+        layers: full names of the chosen layers.
+        blocks: calibration data, see :data:`Blocks`; None for methods without data (the whole model is one stage then,
+            without inputs).
+        batch_size: token blocks in one forward pass.
+        num_blocks: use only so many of the blocks, spread evenly over all; None for all.
+        quantized_prefix: whether a stage sees what the stages before it give now, or what they gave at the start.
+        need_targets: whether :attr:`Stage.targets` is wanted; costs one more forward pass.
+
+    Raises:
+        ValueError: if there is no data where data is needed.
+    """
+    if blocks is None:
+        yield Stage(model, "", tuple(layers), 0, _no_data, data_free=True)
+        return
+    batches = to_batches(blocks, batch_size, num_blocks, next(iter(model.parameters())).device)
+    tables = tuple(name for name in layers if isinstance(model.get_submodule(name), nn.Embedding))
+    names = find_blocks(model, layers)
+    calls = [_record(model, names, batch) for batch in batches] if names else []
+    chain = [call for call in calls if call is not None]
+    if len(chain) != len(batches):
+        names, chain = [], []
+    clean = [call.hidden for call in chain]  # the stream of the full-precision model
+    outside = tuple(n for n in layers if n not in tables and not any(n.startswith(f"{b}.") for b in names))
+    whole = _whole_targets(model, batches) if need_targets and outside else None
+    if tables:
+        yield Stage(model, "", tables, 0, _no_data, data_free=True)
+        if chain and quantized_prefix:
+            again = [_record(model, names, batch) for batch in batches]
+            chain = [call for call in again if call is not None]
+    hidden = [call.hidden for call in chain]
+    follow_clean = need_targets or not quantized_prefix
+    for name in names:
+        inside = tuple(n for n in layers if n.startswith(f"{name}."))
+        forward = _block_forward(model, name, chain, hidden if quantized_prefix else clean)
+        with torch.no_grad():
+            targets = [chain[i].run(model, name, x) for i, x in enumerate(clean)] if follow_clean else None
+        if inside:
+            yield Stage(model, name, inside, len(batches), forward, targets if need_targets else None)
+        if quantized_prefix:
+            with torch.no_grad():
+                hidden = [forward(i) for i in range(len(batches))]
+        if targets is not None:
+            clean = targets
+    if outside:
+        yield Stage(model, "", outside, len(batches), lambda i: run_model(model, batches[i]), whole)
+
+
+def _no_data(index: int) -> Tensor:
+    raise AssertionError(f"a stage without data was asked for batch {index}")
+
+
+@torch.no_grad()
+def _whole_targets(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    return [run_model(model, batch) for batch in batches]
+
+
+def _block_forward(
+    model: nn.Module, name: str, calls: Sequence[_Call], hidden: Sequence[Tensor]
+) -> Callable[[int], Tensor]:
+    return lambda i: calls[i].run(model, name, hidden[i])
