@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.grids import GRIDS, AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary, grid_from_dict
@@ -42,6 +42,7 @@ def test_the_contract_holds(grid: AnyGrid) -> None:
 
 
 @uniform_grid
+@settings(max_examples=30)
 @given(values=st.lists(dyadic, min_size=1, max_size=10))
 def test_codes_equal_brute_force_with_ties_to_even(grid: AnyGrid, values: list[float]) -> None:
     assert grid.encode(torch.tensor(values)).tolist() == [nearest_code(v, grid) for v in values]
@@ -55,6 +56,7 @@ def test_ties_go_to_the_even_code(grid: AnyGrid) -> None:
 
 
 @pytest.mark.parametrize("grid", [g for g in UNIFORM if not isinstance(g, HalfShifted)], ids=str)
+@settings(max_examples=30)
 @given(values=st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=10))
 def test_rounding_of_unshifted_grids_is_exact_for_every_float(grid: AnyGrid, values: list[float]) -> None:
     assert grid.encode(torch.tensor(values)).tolist() == [nearest_code(v, grid) for v in values]
@@ -77,6 +79,7 @@ def test_zero_never_makes_a_third_binary_level() -> None:
 
 
 @pytest.mark.parametrize("grid", [Binary(), Ternary(), *(HalfShifted(b) for b in range(1, 9)), Codebook.lloyd_max(8)])
+@settings(max_examples=30)
 @given(values=st.lists(dyadic, min_size=1, max_size=10))
 def test_symmetric_grids_are_odd_away_from_ties(grid: AnyGrid, values: list[float]) -> None:
     v = torch.tensor(values)

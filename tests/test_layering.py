@@ -26,7 +26,7 @@ ORDER = [
     "targets", "runtime",
     "manifest", "comparison", "verify", "export",
     "inspection", "pipeline", "plots", "report", "arena", "demo",
-    "cli", "testing",
+    "cli_runtime", "cli", "testing",
 ]  # fmt: skip
 """Names of modules and packages right below ``fewbits``, lowest first."""
 ROOT_NAMES = {"__version__"}
@@ -82,7 +82,7 @@ def test_every_module_has_its_place(path: Path) -> None:
 def test_imports_point_one_way(path: Path) -> None:
     module = module_name(path)
     own = layer_of(module)
-    if own in ("", "__main__"):
+    if own not in ORDER:  # fewbits itself imports all; a module without a place fails the test above
         return
     for imported, line in imports(path):
         target = layer_of(imported)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
@@ -30,6 +30,7 @@ def codes_of(data: st.DataObject, grid: AnyGrid, width: int, rows: int) -> torch
 
 
 @every_grid
+@settings(max_examples=40)
 @given(data=st.data(), width=st.integers(1, 45), rows=st.integers(1, 3))
 def test_round_trip_against_big_integers(grid: AnyGrid, data: st.DataObject, width: int, rows: int) -> None:
     codes = codes_of(data, grid, width, rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
@@ -149,6 +149,7 @@ def test_the_gain_is_aligned_to_the_levels_of_every_grid(grid: AnyGrid, amplitud
 
 
 @every_grid
+@settings(max_examples=40)
 @given(values=st.lists(st.integers(-4096, 4096).map(lambda k: k / 512), min_size=1, max_size=16))
 def test_the_gain_equals_its_definition_level_by_level(grid: AnyGrid, values: list[float]) -> None:
     for num_harmonics in (1, 3):

@@ -51,7 +51,7 @@ def for_all_weights(check: Callable[[Tensor], None], *, dtype: torch.dtype = tor
     halves = st.integers(-600, 600).map(lambda k: k / 2)  # levels and decision boundaries of the uniform grids
     numbers = st.lists(halves | st.floats(-limit, limit, width=32), min_size=1, max_size=16)
 
-    @hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=30)
+    @hypothesis.settings(derandomize=True, deadline=None, database=None, max_examples=20)
     @hypothesis.given(numbers)
     def search(values: list[float]) -> None:
         check(torch.tensor(values, dtype=dtype))
