@@ -53,6 +53,9 @@ class JacQuant(Surrogate):
         compose_mask: multiply by the clip mask at the outermost levels too.
         apply: ``grad`` multiplies the gradient (the paper); ``update`` multiplies the optimizer's step, which an
             adaptive optimizer cannot cancel.
+        control: ``none``, or a control experiment that keeps how large the gain is but not where: ``constant`` uses
+            the layer's mean gain everywhere, ``shuffled`` permutes the gains within the layer, anew at each refresh. If
+            a control trains as well as JacQuant, the gain is a step size or noise, not sensitivity.
         seed: of the estimator's own random stream.
 
     Raises:
@@ -83,6 +86,7 @@ class JacQuant(Surrogate):
     gain_min: float = 0.0
     compose_mask: bool = False
     apply: Literal["grad", "update"] = "grad"
+    control: Literal["none", "constant", "shuffled"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -92,6 +96,7 @@ class JacQuant(Surrogate):
             "sigma_unit": ("step", "absolute"),
             "apply": ("grad", "update"),
             "refresh": ("interval", "drift"),
+            "control": ("none", "constant", "shuffled"),
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
@@ -141,8 +146,11 @@ class JacQuant(Surrogate):
         """``gain``, fp32 ones: ``(rows, ceil(in_features / group_size))``, or the weight's shape per element.
 
         With ``refresh="drift"`` also ``w_last``, the weight at the last refresh, fp32; infinite before the first one.
+        With a control also ``measured``, the gain as it would be without the control.
         """
         state = {"gain": torch.ones(self._view(shape).scale_shape, device=device)}
+        if self.control != "none":
+            state["measured"] = torch.ones_like(state["gain"])
         if self.refresh == "drift":
             state["w_last"] = torch.full(tuple(shape), torch.inf, device=device)
         return state
@@ -222,7 +230,13 @@ class JacQuant(Surrogate):
         """One EMA step of the gain in place; returns statistics of the raw estimate and of the gain in use."""
         raw = self.estimate(w, scale, scheme, generator)
         new = raw.clamp(0, 1) if self.clip_first else raw
-        state["gain"].mul_(1 - self.beta).add_(new, alpha=self.beta)
+        measured = state["gain"] if self.control == "none" else state["measured"]
+        measured.mul_(1 - self.beta).add_(new, alpha=self.beta)
+        if self.control == "constant":  # the mean of the clamped gains: the same mean in use
+            state["gain"].fill_(measured.clamp(self.gain_min, 1.0).mean())
+        elif self.control == "shuffled":
+            order = torch.randperm(measured.numel(), generator=generator).to(measured.device)
+            state["gain"].copy_(measured.flatten()[order].view_as(measured))
         if self.refresh == "drift":
             state["w_last"].copy_(w)
         return gain_statistics(raw, self.gain(state))
