@@ -198,3 +198,15 @@ def test_unknown_grids_are_refused() -> None:
         grid_from_dict({"kind": "int", "num_bits": 2, "zero": 1})
     with pytest.raises(ValueError, match="lloyd_max with 1 levels"):
         Codebook.lloyd_max(1)
+
+
+@pytest.mark.parametrize("name", ["binary", "ternary", "int2", "half2", "codebook"])
+def test_a_nan_weight_stays_visible(name: str) -> None:
+    grid = {
+        "binary": Binary(),
+        "ternary": Ternary(),
+        "int2": Int(2),
+        "half2": HalfShifted(2),
+        "codebook": Codebook.lloyd_max(4),
+    }[name]
+    assert bool(grid.project_(torch.tensor([0.1, float("nan")])).isnan()[1])

@@ -22,6 +22,7 @@ from fewbits.surrogates import SURROGATES, Surrogate
 
 PACKAGE = Path(fewbits.__file__).parent
 PROMISED = {  # the names that the documentation, the command line and outside checks use
+    "QATTrainer",
     "QTensor",
     "Rule",
     "Scheme",

@@ -110,7 +110,7 @@ class Codebook(LevelSet):
     def project_(self, v: Tensor) -> Tensor:
         """Look up the nearest level in place."""
         index, table = self._index(v)
-        return v.copy_(table[index])
+        return v.copy_(torch.where(v.isnan(), v, table[index].to(v.dtype)))  # a diverged run is seen, not hidden
 
     def encode(self, v: Tensor) -> Tensor:
         """Index of the nearest level."""

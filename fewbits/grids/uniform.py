@@ -47,7 +47,8 @@ class Binary(LevelSet):
 
     def project_(self, v: Tensor) -> Tensor:
         """Sign with sign(0) = +1, in place."""
-        return v.copy_(v >= 0).mul_(2).sub_(1)
+        positive = v >= 0
+        return v.mul_(0).add_(positive, alpha=2).sub_(1)  # times 0, so that a NaN stays one and is seen
 
     def encode(self, v: Tensor) -> Tensor:
         """1 where v >= 0, else 0."""
