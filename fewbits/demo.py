@@ -63,11 +63,11 @@ class DemoSettings:
                 "model=smollm2",
                 "train.batch_size=1",
                 "train.gradient_accumulation_steps=4",
-                "train.max_steps=20",
+                "train.max_steps=100",
                 "train.learning_rate=0.0002",
                 "train.save_steps=10",
                 "train.freeze=[model.embed_tokens.weight]",
-                "data.max_tokens=20480",
+                "data.max_tokens=102400",
                 "data.eval_tokens=4096",
             ]
         return Recipe.parse(shipped_recipes()[ARMS[arm]], [*more, *self.overrides])
