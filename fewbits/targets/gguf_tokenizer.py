@@ -3,19 +3,20 @@
 Two kinds are written, each only where llama.cpp cuts text as the original does. ``gpt2``: byte-level BPE, with the name
 of a pre-tokenizer that llama.cpp knows by heart. ``llama``: SentencePiece's BPE, where llama.cpp has no list of merges
 but takes, of all neighbours whose union is a token, the one with the highest score; the rank of a merge becomes the
-score of its result, and the lists for which this is not the same are refused.
+score of its result, and lists for which this is not the same are refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from itertools import groupby, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from fewbits.targets.gguf_file import MetaValue
+from fewbits.targets.gguf_types import F32
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """llama.cpp's token types."""
@@ -136,27 +137,33 @@ def _adds_space(data: dict[str, Any]) -> bool:
     return prefix
 
 
-def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, str]]) -> np.ndarray[Any, Any]:
+def _scores(tokens: list[str], types: list[int], merges: list[tuple[str, str]]) -> F32:
     """Minus the rank of the first merge that makes a token, where merging by score is merging by rank."""
-    index = {text: i for i, text in enumerate(tokens)}
     normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
-    scores = np.zeros(len(tokens), dtype=np.float32)
-    results = [(a + b, rank) for rank, (a, b) in enumerate(merges) if a + b in normal]
-    seen: set[str] = set()
-    for text, group in groupby(results, key=lambda pair: pair[0]):
-        if text in seen:
-            raise ValueError(
-                f"merges that make {text!r} lie apart, so no score of it gives the same order in llama.cpp"
-            )
-        seen.add(text)
-        scores[index[text]] = -float(next(group)[1])
     known = set(merges)
     for text in normal:
         for cut in range(1, len(text)):
             pair = (text[:cut], text[cut:])
             if pair[0] in normal and pair[1] in normal and pair not in known:
                 raise ValueError(f"llama.cpp would merge {pair[0]!r} and {pair[1]!r}, which this tokenizer does not")
-    return scores
+    ranks: dict[str, list[int]] = {}
+    for rank, (left, right) in enumerate(merges):
+        if left + right in normal:
+            ranks.setdefault(left + right, []).append(rank)
+    scores = {text: -float(found[0]) for text, found in ranks.items()}
+    first = last = ""
+    for text in ranks:  # in the order of their first merges; last: of all so far the one whose merges end last
+        if last and ranks[text][0] < ranks[last][-1]:
+            # SentencePiece gives Llama's runs of spaces one score; only their merges may be mixed up
+            if len(set(text + last)) > 1:
+                raise ValueError(
+                    f"merges for {text!r} and {last!r} are mixed, so no scores give their order in llama.cpp"
+                )
+            scores[text] = scores[first]
+        else:
+            first = text
+        last = max(last, text, key=lambda t: ranks[t][-1] if t else -1)
+    return np.array([scores.get(text, 0.0) for text in tokens], dtype=np.float32)
 
 
 def _special(tokenizer: Any) -> dict[str, MetaValue]:
