@@ -25,8 +25,8 @@ ORDER = [
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",
     "manifest", "comparison", "verify", "export",
-    "inspection", "pipeline", "plots", "report", "arena", "demo",
-    "cli_runtime", "cli", "testing",
+    "inspection", "pipeline", "plots", "report", "diagnose", "arena", "demo",
+    "cli_arena", "cli_runtime", "cli_diagnose", "cli", "testing",
 ]  # fmt: skip
 """Names of modules and packages right below ``fewbits``, lowest first."""
 ROOT_NAMES = {"__version__"}

@@ -1,0 +1,171 @@
+"""What a diagnosis leaves on disk: ``diagnosis.json``, figures, one HTML page, and the proposed recipe."""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+
+from fewbits.diagnose.diagnosis import Diagnosis
+from fewbits.diagnose.figures import VERDICT_COLORS, figures_of
+from fewbits.diagnose.words import BROKEN, FREE, LEAVES
+from fewbits.io import atomic_file, write_json, write_text
+from fewbits.plots import to_svg
+from fewbits.report import figure, html_table, page
+
+JSON_FILE = "diagnosis.json"
+PAGE_FILE = "diagnosis.html"
+RECIPE_NAME = "proposed-recipe.yaml"
+
+TABLE_HEADER = ("scheme", "bits", "loss", "perplexity x", "kappa", "kappa_rand", "P(fail)", "verdict")
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def table_rows(found: Diagnosis) -> list[list[str]]:
+    """Cells of the main table, one row per scheme."""
+    return [
+        [
+            r.scheme,
+            f"{r.bits_per_weight:.2f}",
+            f"{r.loss:.4f}",
+            _number(math.exp(min(r.rise, 700.0))),
+            _number(r.kappa),
+            _number(r.kappa_rand),
+            "-" if r.forecast is None else f"{r.forecast.failure_probability:.2f}",
+            r.verdict,
+        ]
+        for r in found.schemes
+    ]
+
+
+DETAIL_HEADER = (
+    "scheme", "error norm", "clipped", "width along the error", "promised by curvature", "flat ratio", "rise",
+    "quadratic rise", "pitch", "critical pitch", "Monte Carlo",
+)  # fmt: skip
+
+
+def detail_rows(found: Diagnosis) -> list[list[str]]:
+    """Cells of the table for readers of the paper; lengths in units of ``w``, rises in nats."""
+    rows = []
+    for r in found.schemes:
+        f = r.forecast
+        share = None if f is None else f.monte_carlo
+        rows.append(
+            [
+                r.scheme,
+                _number(r.error_norm),
+                f"{r.clipped_share:.1%}",
+                _number(r.width.plus.t),
+                _number(r.quadratic_width),
+                _number(r.flat_ratio),
+                f"{r.rise:.4f}",
+                f"{r.quadratic_rise:.4f}",
+                _number(None if f is None else f.pitch),
+                _number(None if f is None else f.critical_pitch),
+                "-" if share is None else f"{share:.2f}",
+            ]
+        )
+    return rows
+
+
+def first_screen(found: Diagnosis) -> str:
+    """The answer in sentences, as HTML, for a reader who has not read the paper."""
+    by_verdict = {v: [r.scheme for r in found.schemes if r.verdict == v] for v in (FREE, LEAVES, BROKEN)}
+    phrases = {
+        FREE: "can be rounded to without training: the loss stays where it was",
+        LEAVES: "lose quality when rounded to; training at these bits has something to win",
+        BROKEN: "destroy the model when rounded to; it must be trained at these bits",
+    }
+    items = [
+        f'<li><b style="color:{VERDICT_COLORS[v]}">{html.escape(", ".join(names))}</b>: {phrases[v]}.</li>'
+        for v, names in by_verdict.items()
+        if names
+    ]
+    base = found.baseline
+    parts = [
+        f"<p>{html.escape(found.model or 'The model')} scores {base.loss:.4f} nats per token on {base.num_tokens} "
+        f"tokens. Rounding its {base.num_weights:,} layer weights to few bits moves it in weight space. Near the "
+        f"original lies a <i>basin</i> where the loss rises by less than {base.tol:.3g} nats. The question is whether "
+        "the rounded model still lies in it.</p>",
+        f"<ul>{''.join(items)}</ul>",
+    ]
+    if found.proposal is not None:
+        p = found.proposal
+        text = f"A mix of bits costs {p.bits_per_weight:.2f} bits per weight and {p.measured_rise:.3f} nats"
+        if p.uniform is not None:
+            text += f"; {p.uniform} everywhere costs {p.uniform_bits_per_weight:.2f} bits and {p.uniform_rise:.3f} nats"
+        parts.append(f"<p>{html.escape(text)}, both before training. It is written to {RECIPE_NAME}.</p>")
+    if found.after is not None:
+        parts.append(f"<blockquote>{html.escape(found.after.verdict)}</blockquote>")
+    return "".join(parts)
+
+
+_COLUMNS = """<p><b>kappa</b>: rounding error in units of the basin's width along it; above 1 it left.
+<b>kappa_rand</b>: the same in units of the width along random directions; it does not look at the answer, so it is a
+forecast. <b>P(fail)</b>: forecast from curvature and the size of the grid's cells alone. <b>Monte Carlo</b>: share of
+random errors of that size that did leave.</p>"""
+
+
+def section(found: Diagnosis) -> dict[str, str]:
+    """Headings and HTML of a report; the first one is the answer."""
+    drawn = figures_of(found)
+    pictures = {name: figure(to_svg(drawing), caption) for name, (drawing, caption) in drawn.items()}
+    agreement = [[k, _number(v)] for k, v in found.rank_agreement.items()]
+    sections = {
+        "Will rounding break this model?": first_screen(found) + pictures["schemes"],
+        "The schemes": html_table(TABLE_HEADER, table_rows(found)) + _COLUMNS + pictures["profiles"],
+        "The layers": pictures["layers"],
+    }
+    if found.after is not None:
+        a = found.after
+        rows = [
+            ["original", f"{a.loss_fp:.4f}"],
+            ["rounded (PTQ)", f"{a.loss_ptq:.4f}"],
+            ["trained, latent", f"{a.loss_latent:.4f}"],
+            ["trained, deployed", f"{a.loss_deployed:.4f}"],
+        ]
+        slopes = [
+            [
+                name,
+                *(_number(x) for x in (r.at_rounded.slope, r.at_latent.slope, r.quadratic_slope, r.wall_ratio)),
+            ]
+            for name, r in (("PTQ about the original", a.inward_ptq), ("deployed about latent", a.inward_qat))
+        ]
+        sections["Did training bring it back?"] = (
+            f"<p>{html.escape(a.verdict)}</p>"
+            + html_table(("model", "loss"), rows)
+            + pictures["plane"]
+            + html_table(("inward slope (nats per unit of w)", "rounded", "unrounded", "quadratic", "ratio"), slopes)
+        )
+    sections["For readers of the paper"] = html_table(DETAIL_HEADER, detail_rows(found)) + html_table(
+        ("forecast", "rank correlation with the measured rise"), agreement
+    )
+    sections["Versions"] = html_table(("part", "version"), [[k, v] for k, v in found.versions.items()])
+    return sections
+
+
+def write_diagnosis(found: Diagnosis, folder: str | Path) -> Path:
+    """Write JSON, figures as PNG and SVG, the page, and the proposed recipe if there is one.
+
+    Args:
+        found: a diagnosis.
+        folder: made if it is not there; files of an earlier diagnosis in it are replaced.
+
+    Returns:
+        The path of the HTML page.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / JSON_FILE, found.to_dict())
+    for name, (drawing, _) in figures_of(found).items():
+        write_text(folder / f"{name}.svg", to_svg(drawing))
+        with atomic_file(folder / f"{name}.png") as partial:
+            drawing.savefig(partial, format="png", dpi=150)
+    if found.proposal is not None:
+        write_text(folder / RECIPE_NAME, found.proposal.recipe.to_yaml())
+    path = folder / PAGE_FILE
+    write_text(path, page(f"fewbits diagnose: {found.model or 'model'}", section(found)))
+    return path
