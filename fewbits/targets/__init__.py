@@ -12,6 +12,7 @@ from fewbits.targets.gguf import TYPES as GGUF_TYPES
 from fewbits.targets.gptq import GPTQ
 from fewbits.targets.hf import HF
 from fewbits.targets.mlx import MLX
+from fewbits.targets.onnx import ONNX
 
 _ALL: tuple[Target, ...] = (
     HF(),
@@ -25,6 +26,8 @@ _ALL: tuple[Target, ...] = (
     GPTQ(num_bits=4),
     MLX(),
     MLX("fp16"),
+    ONNX(),
+    ONNX(num_bits=4),
     GGUF(),
     *(GGUF(kind) for kind in GGUF_TYPES),
 )

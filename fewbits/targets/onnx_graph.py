@@ -1,0 +1,193 @@
+"""The graph of the target ``onnx``: traced by ``torch.onnx.export`` with one ``MatMulNBits`` for each quantized layer.
+
+Tensors have the model's own names; ``NAME.codes``, ``NAME.scales`` and ``NAME.zeros`` are those of the layer NAME, and
+what the exporter adds is named ``constant/..``. Optimizing is left to the engine, which does it when it loads the file:
+the exporter's optimizer would merge tensors that are equal, so that names were lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewbits.convert import replace_module_
+from fewbits.qtensor import QTensor
+from fewbits.targets.affine import Fit, spread_scale, stored_codes, times
+from fewbits.targets.layers import require
+from fewbits.targets.words import pack_words
+
+FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+OP, DOMAIN = "MatMulNBits", "com.microsoft"
+CONSTANT = "constant/"
+LEAVES = ("codes", "scales", "zeros")
+
+Packing = tuple[QTensor, Fit, int]
+"""Codes and scales of a layer, how its levels are stored, and the block size."""
+
+
+class MatMulNBits(nn.Module):
+    """Stands for a quantized layer while the graph is traced."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, name: str, q: QTensor, fit: Fit, block: int, accuracy_level: int, bias: Tensor | None) -> None:
+        super().__init__()
+        rows, width = q.shape
+        stored = nn.functional.pad(stored_codes(q, fit), (0, -width % block))
+        packed = pack_words(stored, fit.num_bits).view(torch.uint8)
+        self.register_buffer("codes", packed.view(rows, -1, block * fit.num_bits // 8))
+        self.register_buffer("scales", times(spread_scale(q, block), fit.multiplier, torch.float32, name))
+        zeros = None if fit.zeros == "middle" else torch.full_like(self.scales, float(fit.zero))
+        self.register_buffer("zeros", zeros)
+        self.bias = bias
+        self.attributes: dict[str, Any] = {
+            "K": width,
+            "N": rows,
+            "bits": fit.num_bits,
+            "block_size": block,
+            "accuracy_level": accuracy_level,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One node, and the addition of the bias."""
+        inputs = [x, self.codes, self.scales] + ([] if self.zeros is None else [self.zeros])
+        shape = (*x.shape[:-1], self.attributes["N"])
+        y: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OP}", inputs, self.attributes, dtype=x.dtype, shape=shape, version=1
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class _LogitsOnly(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of a whole sequence."""
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def _shared_copy(model: nn.Module) -> Any:
+    """A copy whose modules are new and whose tensors are the same."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(t): t for t in tensors}).eval()
+
+
+def trace(reference: Any, layers: Mapping[str, Packing], accuracy_level: int, plain: set[str]) -> Any:
+    """The ``torch.onnx.ONNXProgram`` of a model in fp32, batch and length free.
+
+    Args:
+        reference: the model, which is left as it is.
+        layers: what stands for each quantized layer.
+        accuracy_level: of every ``MatMulNBits``.
+        plain: names of the tensors that were not quantized.
+    """
+    model = _shared_copy(reference)
+    for name, (q, fit, block) in layers.items():
+        bias = getattr(model.get_submodule(name), "bias", None)
+        replace_module_(model, name, MatMulNBits(name, q, fit, block, accuracy_level, bias))
+    program = _export(model)
+    declared = type(reference)._tied_weights_keys
+    _rename(program.model.graph, plain, set(layers), declared if isinstance(declared, dict) else {})
+    return program
+
+
+def _export(model: nn.Module) -> Any:
+    example = torch.zeros(2, 8, dtype=torch.long)
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # says that torchvision is missing
+    level = logger.level
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        logger.setLevel(logging.ERROR)
+        try:
+            return torch.onnx.export(
+                _LogitsOnly(model).eval(),
+                (example,),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                input_names=["input_ids"],
+                output_names=["logits"],
+                dynamic_shapes=({0: "batch", 1: "length"},),
+            )
+        finally:
+            logger.setLevel(level)
+
+
+def _rename(graph: Any, plain: set[str], packed: set[str], tied: dict[str, str]) -> None:
+    """Name tensors as the model does, and everything else a constant; drop the exporter's notes (with file paths)."""
+    for old, value in list(graph.initializers.items()):
+        name = old.removeprefix("model.")
+        name = tied[name] if name not in plain and tied.get(name) in plain else name
+        if name not in plain and name.rpartition(".")[0] not in packed:
+            name = CONSTANT + old
+        del graph.initializers[old]
+        value.name = name
+        graph.initializers[name] = value
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def read_onnx(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The ``ModelProto`` of an export and its tensors.
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file.
+        ImportError: without onnx.
+    """
+    onnx = require("onnx", "onnx")
+    path = folder / FILE
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is the copy complete?")
+    try:
+        model = onnx.load(str(path))
+        tensors = {t.name: _tensor(onnx.numpy_helper.to_array(t)) for t in model.graph.initializer}
+    except Exception as error:  # protobuf, onnx and numpy raise many kinds for a damaged file
+        raise ValueError(f"{path} is truncated, damaged or no ONNX file: {str(error)[:300]}") from error
+    if not model.graph.node:
+        raise ValueError(f"{path} is truncated, damaged or no ONNX file: it has no node")
+    return model, tensors
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+@contextmanager
+def with_accuracy(folder: Path, level: int) -> Iterator[Path]:
+    """The file with another accuracy level, beside a link to its data."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load(str(folder / FILE), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == OP else ():
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / FILE
+        path.write_bytes(model.SerializeToString())
+        if (folder / DATA_FILE).is_file():
+            try:
+                os.link(folder / DATA_FILE, path.with_name(DATA_FILE))
+            except OSError:
+                shutil.copyfile(folder / DATA_FILE, path.with_name(DATA_FILE))
+        yield path
