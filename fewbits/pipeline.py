@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
 from fewbits.convert import matches, owned_layers, prepare, select_layers
@@ -234,6 +234,8 @@ def run(
         train_dataset=train,
         callbacks=list(callbacks),
     )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     model.eval()
     before = json.loads((folder / "histogram.json").read_text())

@@ -66,17 +66,13 @@ def metric_series(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[flo
 def training_figures(runs: Mapping[str, Path]) -> dict[str, str]:
     """Loss curves, gain over time and histograms of one or more run folders; keys are headings."""
     metrics = {name: read_metrics(folder / "metrics.jsonl") for name, folder in runs.items()}
-    sections = {
-        "Training loss": figure(
-            plots.curves(
-                {name: metric_series(rows, "loss") for name, rows in metrics.items()},
-                x_label="optimizer step",
-                y_label="loss (nats per token)",
-                log_y=True,
-            ),
+    sections = {}
+    losses = {name: points for name, rows in metrics.items() if (points := metric_series(rows, "loss"))}
+    if losses:  # a run of fewer steps than it logs has none
+        sections["Training loss"] = figure(
+            plots.curves(losses, x_label="optimizer step", y_label="loss (nats per token)", log_y=True),
             "The objective of the recipe, mean over the steps between two logs.",
         )
-    }
     for key, heading, caption in (
         ("qat/gain_mean", "Learned gain B over time", "Mean over layers of the gain in use; 1 is the identity STE."),
         ("qat/flip_rate", "Code flips", "Share of codes that changed since the last look, mean over layers."),

@@ -17,9 +17,9 @@ class MetricsFile:
         self.path = Path(path)
 
     def resume_at(self, step: int) -> None:
-        """Drop what an interrupted run wrote after the checkpoint that training goes on from."""
-        if not self.path.exists():
-            return
+        """Drop what an interrupted run wrote after the checkpoint that training goes on from; make the file if new."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.touch()
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
