@@ -15,7 +15,7 @@ form       gradient                                                             
 ========== ==================================================================== ==================================
 
 :math:`\tilde g` is the mean gradient of the reference batches at the anchor. Both terms see the same minibatch and
-the same dropout masks (the same state of the random streams). At the anchor they cancel bit for bit, and so they do in a
+the same dropout masks (the same random state). At the anchor they cancel bit for bit, and so they do in a
 code-preserving window (same codes, scales and gains): there the estimate for the latent weights *is* the reference
 gradient (LSQ's scale gradient reads the latent weight itself and cancels to first order only).
 

@@ -33,18 +33,22 @@ class QATCallback(TrainerCallback):
     Args:
         metrics_path: ``metrics.jsonl`` to append to, or None.
         telemetry_interval: optimizer steps between looks at layers whose surrogate has no interval of its own.
+        calibration: also record how well the gain predicts the moves of the deployed weights (a copy of the weights on
+            the CPU, no extra pass); ``QATTrainer(...).qat_callback.telemetry.calibration = True`` does the same.
 
     Example:
         >>> QATCallback(telemetry_interval=50).telemetry_interval
         50
     """
 
-    def __init__(self, metrics_path: str | Path | None = None, *, telemetry_interval: int = 100) -> None:
+    def __init__(
+        self, metrics_path: str | Path | None = None, *, telemetry_interval: int = 100, calibration: bool = False
+    ) -> None:
         if telemetry_interval < 1:
             raise ValueError(f"telemetry_interval={telemetry_interval} must be at least 1")
         self.metrics = None if metrics_path is None else MetricsFile(metrics_path)
         self.telemetry_interval = telemetry_interval
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(calibration=calibration)
         self.last: dict[str, dict[str, float]] = {}
         self._before: dict[str, Tensor] = {}
 

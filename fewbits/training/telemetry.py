@@ -13,6 +13,7 @@ from fewbits.convert import owned_layers
 from fewbits.nn import QATLayer
 from fewbits.scales import stored_scale
 from fewbits.surrogates._base import inside
+from fewbits.training.windows import calibration
 
 TELEMETRY_FILE = "fewbits_telemetry.safetensors"
 
@@ -20,10 +21,17 @@ TELEMETRY_FILE = "fewbits_telemetry.safetensors"
 class Telemetry:
     """Remembers codes and scales of every layer between looks; its state is part of each checkpoint.
 
-    Memory: one byte per quantized weight, and the scales twice, on the CPU.
+    Memory: one byte per quantized weight, and the scales twice, on the CPU; with ``calibration`` a copy of the weights
+    too.
+
+    Args:
+        calibration: also measure how well the gain predicted the moves of the deployed weights since the last look, see
+            :func:`fewbits.training.windows.calibration`. May be set until training starts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, calibration: bool = False) -> None:
+        self.calibration = calibration
+        self._old: dict[str, Tensor] = {}
         self._codes: dict[str, Tensor] = {}
         self._start_scale: dict[str, Tensor] = {}
 
@@ -34,6 +42,8 @@ class Telemetry:
             if name not in self._codes:
                 q = layer.qtensor()
                 self._codes[name], self._start_scale[name] = q.codes.cpu(), q.scale.cpu()
+            if self.calibration and name not in self._old:
+                self._old[name] = layer.latent().detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def look(self, name: str, layer: QATLayer) -> dict[str, float]:
@@ -41,7 +51,8 @@ class Telemetry:
 
         Returns:
             ``flip_rate``: share of codes that changed; ``saturated_share``: share of weights outside the outermost
-            levels; ``scale_drift``: mean abs(log2(scale / start)); ``scale_mean``.
+            levels; ``scale_drift``: mean abs(log2(scale / start)); ``scale_mean``; with ``calibration``, the entries of
+            :func:`fewbits.training.windows.calibration`. Look before the gain is refreshed.
         """
         scheme = layer.scheme
         q = layer.qtensor()
@@ -55,12 +66,16 @@ class Telemetry:
             "scale_mean": float(scale.mean()),
         }
         self._codes[name] = codes
+        if self.calibration:
+            result |= calibration(layer, self._old[name])
+            self._old[name] = layer.latent().detach().to("cpu", copy=True)
         return result
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint folder."""
         tensors = {f"codes/{k}": v.contiguous() for k, v in self._codes.items()}
         tensors |= {f"start_scale/{k}": v.contiguous() for k, v in self._start_scale.items()}
+        tensors |= {f"old_weight/{k}": v.contiguous() for k, v in self._old.items()}
         save_file(tensors, folder / TELEMETRY_FILE)
 
     def load(self, folder: Path) -> None:
@@ -71,7 +86,8 @@ class Telemetry:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - a safe_open handle is not iterable
                 kind, _, name = key.partition("/")
-                (self._codes if kind == "codes" else self._start_scale)[name] = file.get_tensor(key)
+                stores = {"codes": self._codes, "start_scale": self._start_scale, "old_weight": self._old}
+                stores[kind][name] = file.get_tensor(key)
 
 
 def weight_histogram(model: nn.Module, *, num_bins: int = 120) -> dict[str, dict[str, list[float] | float]]:
