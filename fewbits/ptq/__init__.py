@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from fewbits.ptq._base import PTQResult, hessian_of, output_error
 from fewbits.ptq.apply import METHODS, apply_ptq, check_options, options_of
+from fewbits.ptq.awq import ScaleSearch, awq, scale_factors, search_scale
+from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.rtn import rtn
 
 __all__ = [
     "METHODS",
     "PTQResult",
+    "ScaleSearch",
     "apply_ptq",
+    "awq",
     "check_options",
+    "clip_scale",
     "gptq",
     "hessian_of",
     "options_of",
     "output_error",
     "rtn",
+    "scale_factors",
+    "search_scale",
 ]

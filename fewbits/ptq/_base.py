@@ -73,7 +73,7 @@ def output_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
         >>> output_error(torch.zeros(1, 2), torch.tensor([[1.0, 2.0]]), torch.eye(2))
         5.0
     """
-    delta = w_hat.double() - w.double()
+    delta = w_hat.detach().double() - w.detach().double()
     return float(((delta @ hessian.double()) * delta).sum())
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 
 class BlockSource(Protocol):
@@ -43,12 +44,27 @@ class Group:
     """Layers that read the same tensor, and the normalization that wrote it (None for another source).
 
     Attributes:
-        names: full module names, in the order in which they are called.
-        norm: full name of the module, or None.
+        names: full names of the chosen layers, in the order in which they are called.
+        norm: full name of the normalization, or None.
+        others: linear layers that are not chosen but read the same tensor.
     """
 
     names: tuple[str, ...]
-    norm: str | None
+    norm: str | None = None
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is kept of a layer's inputs.
+
+    Attributes:
+        hessian: ``X^T X / n``, ``(in_features, in_features)`` float64.
+        magnitude: mean abs(x) of every channel, ``(in_features,)`` float64.
+    """
+
+    hessian: Tensor
+    magnitude: Tensor
 
 
 @dataclass
@@ -72,7 +88,7 @@ class Stage:
     forward: Callable[[int], Tensor]
     targets: list[Tensor] | None = None
     data_free: bool = False
-    _single: dict[str, bool] = field(default_factory=dict)
+    _once: set[str] = field(default_factory=set)
 
     def module(self, name: str) -> nn.Module:
         """The module of this name as it is now."""
@@ -81,53 +97,52 @@ class Stage:
     @torch.no_grad()
     def groups(self) -> list[Group]:
         """The chosen layers by common input, in the order of their calls; a layer that is never called comes last."""
-        seen: list[tuple[str, Tensor]] = []
+        calls: list[tuple[str, Tensor]] = []
         norms: list[tuple[str, Tensor]] = []
         handles: list[RemovableHandle] = []
 
         def note(name: str) -> Callable[..., None]:
-            return lambda module, args: seen.append((name, args[0]))
+            return lambda module, args: calls.append((name, args[0]))
 
         def note_norm(name: str) -> Callable[..., None]:
             return lambda module, args, output: norms.append((name, output))
 
-        for name in self.layers:
-            handles.append(self.module(name).register_forward_pre_hook(note(name)))
         prefix = f"{self.name}." if self.name else ""
-        for name, module in self.module(self.name).named_modules():
-            if is_norm(module):
-                handles.append(module.register_forward_hook(note_norm(prefix + name)))
+        for key, module in self.module(self.name).named_modules():
+            if prefix + key in self.layers or isinstance(module, nn.Linear | Conv1D):
+                handles.append(module.register_forward_pre_hook(note(prefix + key)))
+            elif is_norm(module):
+                handles.append(module.register_forward_hook(note_norm(prefix + key)))
         with _hooks(handles):
             self.forward(0)
-        calls = [name for name, _ in seen]
-        self._single = {name: calls.count(name) == 1 for name in self.layers}
-        found: list[Group] = []
-        inputs: list[Tensor] = []
-        for name in dict.fromkeys(calls):
-            x = next(tensor for called, tensor in seen if called == name)
-            place = next((i for i, other in enumerate(inputs) if other is x), None)
-            if place is not None:
-                found[place] = Group((*found[place].names, name), found[place].norm)
-                continue
-            inputs.append(x)
-            found.append(Group((name,), next((norm for norm, out in norms if out is x), None)))
-        return found + [Group((name,), None) for name in self.layers if name not in calls]
+        order = [name for name, _ in calls]
+        self._once = {name for name in self.layers if order.count(name) == 1}
+        readers: list[tuple[Tensor, list[str]]] = []
+        for name, x in calls:
+            known = next((names for tensor, names in readers if tensor is x), None)
+            if known is None:
+                readers.append((x, [name]))
+            elif name not in known:
+                known.append(name)
+        found, seen = [], set()
+        for x, names in readers:
+            chosen = tuple(name for name in names if name in self.layers and name not in seen)
+            seen |= set(chosen)
+            if chosen:
+                norm = next((name for name, out in norms if out is x), None)
+                found.append(Group(chosen, norm, tuple(name for name in names if name not in self.layers)))
+        return found + [Group((name,)) for name in self.layers if name not in seen]
 
     @torch.no_grad()
-    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """``X^T X / n`` of each layer's inputs over all batches, float64; zeros for a layer that is never called."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
+    def moments(self, names: Sequence[str]) -> dict[str, Moments]:
+        """Second and first absolute moments of each layer's inputs over all batches; 0 for one that is never called."""
+        total = {name: _Sums.empty(self.module(name)) for name in names}
         waiting: set[str] = set()
-        stop_early = all(self._single.get(name, False) for name in names)
+        stop_early = self._once >= set(names)
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0].detach().reshape(-1, args[0].shape[-1])
-                x = x if x.dtype == torch.float64 else x.float()
-                product = (x.t() @ x).double()  # one batch in fp32, the sum over batches in float64
-                sums[name] = sums[name] + product if name in sums else product
-                counts[name] = counts.get(name, 0) + len(x)
+                total[name].add(args[0])
                 waiting.discard(name)
                 if stop_early and not waiting:
                     raise _Enough
@@ -139,14 +154,37 @@ class Stage:
                 waiting |= set(names)
                 with _enough():
                     self.forward(i)
-        out = {}
-        for name in names:
-            weight = self.module(name).weight
-            assert isinstance(weight, Tensor)
-            width = int(getattr(self.module(name), "in_features", weight.shape[0]))
-            empty = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-            out[name] = sums[name] / counts[name] if name in sums else empty
-        return out
+        return {name: sums.mean() for name, sums in total.items()}
+
+    def hessians(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """:meth:`moments` without the magnitudes."""
+        return {name: moments.hessian for name, moments in self.moments(names).items()}
+
+
+@dataclass
+class _Sums:
+    second: Tensor
+    first: Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, layer: nn.Module) -> _Sums:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        width = int(getattr(layer, "in_features", weight.shape[0]))
+        zeros = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        return cls(zeros, zeros[0].clone())
+
+    def add(self, x: Tensor) -> None:
+        """One batch in fp32, the sum over batches in float64."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        x = x if x.dtype == torch.float64 else x.float()
+        self.second += x.t() @ x
+        self.first += x.abs().sum(0)
+        self.count += len(x)
+
+    def mean(self) -> Moments:
+        return Moments(self.second / max(1, self.count), self.first / max(1, self.count))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from fewbits.ptq._base import (
     resolve_hessian,
     rotate_hessian,
 )
+from fewbits.ptq.clip import clip_scale
 from fewbits.scales import find_scale, stored_scale
 from fewbits.scheme import Scheme
 
@@ -38,6 +39,7 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = False,
     static_groups: bool = False,
+    clip: bool = False,
     block_size: int = 128,
 ) -> PTQResult:
     r"""Quantize for the least output error, given the second moments of the inputs; any grid.
@@ -58,6 +60,7 @@ def gptq(
             known before: with per-group scales this needs ``static_groups``.
         static_groups: find all scales from the original weight; otherwise the scales of a group are found when its
             first column is reached, from the weights as they are then.
+        clip: improve every scale that is found by :func:`~fewbits.ptq.clip.clip_scale`, with the group's part of H.
         block_size: columns between two updates of the rest; changes speed only, up to rounding.
 
     Returns:
@@ -94,6 +97,8 @@ def gptq(
         steps = torch.zeros_like(x)
     else:
         raw = find_scale(x, grid, spec) if scale is None else check_scale(w, scheme, scale)
+        if clip and scale is None:
+            raw = clip_scale(x, scheme, h, raw)
         steps = view.expand(stored_scale(raw, spec)).to(x.dtype)[:, order]
     x = x[:, order].clone()
     rounded = torch.empty_like(x)  # the weight as it was when it was rounded
@@ -103,6 +108,8 @@ def gptq(
             part = x[:, start:end]
             assert spec.group_size is not None
             found = find_scale(part, grid, spec)
+            if clip:
+                found = clip_scale(part, scheme, h[start:end, start:end], found)
             first = start // spec.group_size
             raw[:, first : first + found.shape[1]] = found
             steps[:, start:end] = spec.view(part.shape).expand(stored_scale(found, spec))
