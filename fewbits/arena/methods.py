@@ -1,0 +1,150 @@
+r"""What a method is in the arena: changes to a recipe, as data, and nothing else.
+
+A method says how the *grid* differs from the scheme's own (a letter), how scales start and move, the rotation, the
+surrogate, the drive and the objective, with exceptions by bit-width. :func:`rule_for` turns it into a rule for a
+scheme, or says why the method does not exist there. Every method of the field trains at the scheme's granularity, so
+that all of them cost the same bits per weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fewbits.ptq import METHODS as PTQ_METHODS
+from fewbits.rotations import Rotation
+from fewbits.scheme import Scheme
+
+_SCHEME = re.compile(r"^W(?P<bits>1\.58|[1-8])(?P<rest>(A16)?(G(-1|\d+))?)$")
+REFRESHES = 20
+"""JacQuant refreshes its gain every 100 steps, or so many times in a run that is shorter."""
+Value = str | dict[str, Any] | None
+Stage = Literal["train", "ptq", "fp_then_ptq"]
+
+
+class NotForScheme(ValueError):
+    """The method is not defined at this bit-width; the message says why."""
+
+
+class Method(BaseModel):
+    """One row of the table.
+
+    Attributes:
+        summary: what it is, in one line.
+        papers: arXiv ids.
+        note: what differs from the paper, or was reconstructed; empty if nothing does.
+        letter: grid letter of the scheme's text: ``H`` half-shifted, ``K`` codebook, or none.
+        options: changes of the scale and the rotation, as in a recipe.
+        surrogate: as in a recipe.
+        drive: as in a recipe.
+        objective: as in a recipe; None is the arena's own, which all others share.
+        init: post-training method of the start; for ``ptq`` and ``fp_then_ptq`` the method itself.
+        fit_codebooks: fit a codebook to every layer before the first step.
+        stage: ``train``; ``ptq``: no training; ``fp_then_ptq``: trained in full precision, then ``init``.
+        by_bits: fields that differ at a bit-width, such as ``{"1": {"surrogate": ..}}``.
+        missing: bit-widths at which the method is not defined, and why.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    summary: str
+    papers: tuple[str, ...] = ()
+    note: str = ""
+    letter: Literal["", "H", "K"] = ""
+    options: dict[str, Any] = Field(default_factory=dict)
+    surrogate: str | dict[str, Any] = "ste"
+    drive: Value = None
+    objective: dict[str, float] | None = None
+    init: str = "rtn"
+    fit_codebooks: bool = False
+    stage: Stage = "train"
+    by_bits: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    missing: dict[str, str] = Field(default_factory=dict)
+
+    def at(self, bits: str) -> Method:
+        """The method at a bit-width, its exceptions applied (``options`` are merged, other fields replaced)."""
+        changes = dict(self.by_bits.get(bits, {}))
+        if "options" in changes:
+            changes["options"] = {**self.options, **changes["options"]}
+        return Method.model_validate({**self.model_dump(), **changes, "by_bits": {}})
+
+
+def split_scheme(text: str) -> tuple[str, str]:
+    """``(bits, rest)`` of a scheme without a grid letter; the arena's methods bring their own.
+
+    Raises:
+        ValueError: for another text.
+
+    Example:
+        >>> split_scheme("W1.58G64")
+        ('1.58', 'G64')
+    """
+    match = _SCHEME.match(text.strip())
+    if not match:
+        raise ValueError(f"scheme {text!r} is not of the form W<1|1.58|2..8>[G<size>]; methods choose the grid letter")
+    Scheme.parse(text.strip())
+    return match["bits"], match["rest"]
+
+
+def rule_for(name: str, method: Method, scheme: str, *, num_steps: int) -> dict[str, Any]:
+    """The one rule of the method's recipe, as data.
+
+    Args:
+        name: of the method, for messages.
+        method: the row.
+        scheme: such as ``W2G64``.
+        num_steps: optimizer steps of the run.
+
+    Raises:
+        NotForScheme: if the method is not defined there.
+
+    Example:
+        >>> from fewbits.arena.table import METHODS
+        >>> rule_for("quest", METHODS["quest"], "W1", num_steps=200)["surrogate"]
+        {'name': 'clipped_ste', 'edge': 1.3}
+    """
+    bits, rest = split_scheme(scheme)
+    if method.init not in PTQ_METHODS:
+        raise NotForScheme(f"{name} starts with {method.init!r}, which this fewbits does not have")
+    if bits in method.missing:
+        raise NotForScheme(f"{name} at {bits} bits: {method.missing[bits]}")
+    here = method.at(bits)
+    options = dict(here.options)
+    rotation = options.pop("rotation", None)
+    if rotation is not None:
+        options["rotation"] = Rotation(**rotation)
+    parsed = Scheme.parse(f"W{bits}{here.letter}{rest}", **options)
+    rule: dict[str, Any] = {"scheme": parsed.to_dict(), "surrogate": _with_interval(here.surrogate, num_steps)}
+    if here.drive is not None:
+        rule["drive"] = here.drive
+    return json.loads(json.dumps(rule))
+
+
+def _with_interval(surrogate: str | dict[str, Any], num_steps: int) -> str | dict[str, Any]:
+    if isinstance(surrogate, str) or surrogate["name"] != "jacquant":
+        return surrogate
+    return {**surrogate, "interval": min(100, max(1, num_steps // REFRESHES))}
+
+
+def choose_methods(text: str, table: dict[str, Method]) -> tuple[str, ...]:
+    """Names from ``all`` or a comma-separated list, in the table's order.
+
+    Raises:
+        ValueError: for an unknown name, with the known ones.
+
+    Example:
+        >>> from fewbits.arena.table import METHODS
+        >>> choose_methods("quest, ste", METHODS)
+        ('ste', 'quest')
+    """
+    if text.strip() == "all":
+        return tuple(table)
+    asked = {name.strip() for name in text.split(",") if name.strip()}
+    if unknown := sorted(asked - set(table)):
+        raise ValueError(f"unknown arena method {unknown[0]!r}; known methods: all, {', '.join(table)}")
+    if not asked:
+        raise ValueError("no method given; use all, or names separated by commas")
+    return tuple(name for name in table if name in asked)
