@@ -109,3 +109,50 @@ def fake_quantize(
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.name} of {tuple(w.shape)} needs {expected}")
     state = surrogate.init_state(w.shape, w.device) if state is None else state
     return _FakeQuantize.apply(w, scale, scheme, surrogate, state)
+
+
+def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:
+    r"""Raw scales by the scheme's rule, differentiable in ``w``: the rank-one part of the quantizer's Jacobian.
+
+    A dynamic scale is a function of the weights, so :math:`Q(w) = s(w)\,\ell(w/s(w))` has, besides the surrogate's, the
+    gradient :math:`\frac{ds}{dw} \sum_j G_j(\ell_j - v_j 1\{v_j\ \mathrm{inside}\})`. Layers with ``mode="dynamic"``
+    drop it (their scales are constants of the backward pass, as are those that :func:`fake_quantize` finds itself);
+    pass this function's result as ``scale`` to keep it. LSQ's gradient scale, a step-size rule for *learned* scales, is
+    taken out again. ``docs/convergence.md`` compares the term with finite differences of the dither-averaged objective.
+
+    Args:
+        w: ``(out_features, in_features)``, floating point.
+        scheme: with a rule other than ``mse``, whose line search has no closed derivative.
+
+    Returns:
+        fp32 ``(R, G)``, :func:`~fewbits.qtensor.initial_scale` bit for bit. Its derivative is that of the rule, s times
+        :math:`\mathrm{sign}(w)/\max|w|` at the largest weight (``absmax*``), :math:`\mathrm{sign}(w)/\sum|w|`
+        (``absmean``) or :math:`w/\sum w^2` (``rms``, ``gaussian``); 0 for a group of zeros.
+
+    Raises:
+        ValueError: for the rule ``mse``.
+
+    Example:
+        >>> w = torch.tensor([[-2.0, 1.0, 0.25, 0.75]], requires_grad=True)
+        >>> scheme = Scheme.parse("W1.58", rule="absmean", dtype="fp32", mode="dynamic")
+        >>> fake_quantize(w, scheme, scale_as_function(w, scheme)).sum().backward()
+        >>> w.grad.tolist()
+        [[1.25, 0.75, 0.75, 0.75]]
+    """
+    spec = scheme.scale
+    if spec.rule == "mse":
+        raise ValueError(
+            "rule 'mse' is a line search without a closed derivative; use absmax, absmean, rms or gaussian"
+        )
+    x = spec.view(w.shape).split(scheme.rotation.apply(w.float()))
+    if spec.rule.startswith("absmax"):
+        size = x.abs().amax(-1)
+    elif spec.rule == "absmean":
+        size = x.abs().sum(-1)
+    else:
+        size = x.square().sum(-1).clamp_min(1e-38).sqrt()
+    whole = size.detach()
+    # every rule is homogeneous of degree one, so this is its derivative; size - whole is exactly 0
+    slope = torch.where(whole > 0, initial_scale(w, scheme) / whole.clamp_min(1e-30), 0.0)
+    factor = scale_gradient_factor(scheme, w.shape).to(w.device)
+    return initial_scale(w, scheme) + slope / factor * (size - whole)
