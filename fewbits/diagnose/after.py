@@ -208,11 +208,10 @@ def describe(fp: float, values: dict[str, float], tol: float, angle: Displacemen
     where = "are themselves inside it" if latent <= 2 * tol else "left it, so only their rounded image is of use"
     text.append(f"The latent weights {where} ({latent:+.4f} nats).")
     if angle is not None:
-        sideways = abs(angle.angle_deg - 90) < 15
-        against = "against" if angle.angle_deg > 90 else "along"
-        door = "sideways, not by undoing the error" if sideways else f"{against} the rounding error"
+        turned = angle.angle_deg - 90
+        door = "mostly sideways" if abs(turned) < 15 else f"{'against' if turned > 0 else 'along'} the rounding error"
         text.append(
-            f"They moved {door}: {angle.angle_deg:.1f} degrees from it (random directions: 90 +- "
-            f"{angle.null_sd_deg:.2f}), and {flips:.1%} of the codes changed."
+            f"They moved {door}: {angle.angle_deg:.1f} degrees from the error of plain rounding (unrelated directions "
+            f"stand at 90 +- {angle.null_sd_deg:.2f}), and {flips:.1%} of the codes changed."
         )
     return " ".join(text)
