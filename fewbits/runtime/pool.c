@@ -1,7 +1,9 @@
 /* A small pool of threads that share the rows of one call (included by kernels.c).
  *
  * Not OpenMP: torch wheels carry a libgomp of their own, and a second one would be a second set of spinning threads.
- * A call hands out chunks of rows through an atomic counter. A second caller that finds the pool busy works alone.
+ * A call hands out chunks of rows through an atomic counter, and waits only for the workers that joined in before the
+ * rows ran out: on a busy machine a worker that is not scheduled costs nothing. A second caller that finds the pool
+ * busy works alone.
  */
 #include <sched.h>
 #include <stdatomic.h>
@@ -9,7 +11,7 @@
 #define MAX_THREADS 64
 #define UNIT_ROWS 4         /* rows that the vector kernels compute together */
 #define WORK_PER_THREAD 200000 /* products below which waking another thread costs more than it saves */
-#define SPIN 2000
+#define SPIN 2000 /* pauses (some 30 microseconds) before a thread sleeps: the next layer comes sooner */
 
 typedef void (*row_task)(void *arg, int64_t begin, int64_t end);
 
@@ -19,7 +21,7 @@ static struct {
     int workers; /* threads that exist */
     int fork_handler;
     atomic_uint call; /* counts calls; a change wakes the workers */
-    int wanted;       /* workers that take part in this call */
+    int wanted;       /* workers that may join this call; 0 once its rows have run out */
     row_task task;
     void *arg;
     int64_t rows, chunk;
@@ -50,9 +52,10 @@ static void *worker(void *argument) {
         pthread_mutex_lock(&pool.lock);
         while (atomic_load(&pool.call) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = atomic_load(&pool.call);
-        int mine = index < pool.wanted;
+        int join = index < pool.wanted;
+        if (join) atomic_fetch_add(&pool.running, 1);
         pthread_mutex_unlock(&pool.lock);
-        if (!mine) continue;
+        if (!join) continue;
         take_chunks();
         atomic_fetch_sub(&pool.running, 1);
     }
@@ -72,7 +75,7 @@ static void grow(int count) {
     if (!pool.fork_handler) pool.fork_handler = pthread_atfork(NULL, NULL, forget_threads) == 0;
     while (pool.workers < count) {
         pthread_t thread;
-        /* a new worker must not mistake an earlier call for its first one */
+        /* it waits for the lock that we hold, so that the first call it sees is ours */
         if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)pool.workers)) return;
         pthread_detach(thread);
         pool.workers++;
@@ -94,11 +97,14 @@ static void pool_run(row_task task, void *arg, int64_t rows, int64_t work, int64
     pool.task = task, pool.arg = arg, pool.rows = rows;
     pool.chunk = (rows / (count * 8) / unit + 1) * unit;
     atomic_store(&pool.next, 0);
-    atomic_store(&pool.running, pool.wanted);
+    atomic_store(&pool.running, 0);
     atomic_fetch_add(&pool.call, 1);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     take_chunks();
+    pthread_mutex_lock(&pool.lock);
+    pool.wanted = 0;
+    pthread_mutex_unlock(&pool.lock);
     for (int i = 0; atomic_load(&pool.running) > 0; i++) {
         if (i < SPIN) pause_cpu();
         else sched_yield();
