@@ -49,7 +49,7 @@ def arena(
     from fewbits.arena import METHODS, ArenaSettings, run_arena
     from fewbits.arena.cells import num_cells
     from fewbits.arena.methods import choose_methods
-    from fewbits.arena.pages import HEADER, METHOD_HEADER, findings, method_rows, table_rows, write_pages
+    from fewbits.arena.pages import METHOD_HEADER, SHORT, findings, method_rows, short_rows, write_pages
 
     out = Console(highlight=False, soft_wrap=True)
     if list_methods:
@@ -76,7 +76,7 @@ def arena(
         run_arena(settings, output, jobs=jobs, console=out)
     summary = write_pages(output)
     for scheme in summary.schemes:
-        out.print(_table(HEADER, table_rows(scheme), scheme.scheme))
+        out.print(_table(SHORT, short_rows(scheme), scheme.scheme))
         for line in findings(scheme):
             out.print(escape(line))
     out.print(escape(f"pages: {output / 'README.md'} · {output / 'report.html'}"))

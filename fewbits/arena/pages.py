@@ -21,6 +21,15 @@ HEADER = (
     "peak MB",
 )  # fmt: skip
 
+SHORT = ("method", "loss", "gap to fp", "gap / paretoq", "rate", "CPU s")
+"""The columns for a terminal."""
+
+
+def short_rows(summary: SchemeSummary) -> list[list[str]]:
+    """Rows of the columns of :data:`SHORT`."""
+    keep = [HEADER.index(name) for name in SHORT]
+    return [[row[i] for i in keep] for row in table_rows(summary)]
+
 
 def table_rows(summary: SchemeSummary) -> list[list[str]]:
     """Cells of a scheme's table, best method first."""
@@ -29,10 +38,11 @@ def table_rows(summary: SchemeSummary) -> list[list[str]]:
 
 def _cells(row: Row) -> list[str]:
     rate = "" if row.learning_rate is None else f"{row.learning_rate:g}" + ("*" if row.at_edge else "")
+    spread = f" +- {row.spread:.4f}" if len(row.losses) > 1 else ""
     diverged = f" ({row.num_diverged} diverged)" if row.num_diverged else ""
     return [
         row.name,
-        f"{row.mean:.4f} +- {row.spread:.4f}{diverged}",
+        f"{row.mean:.4f}{spread}{diverged}",
         f"{row.gap:+.4f}",
         "" if row.share is None else f"{row.share:.0%}",
         f"{row.kl:.4f}",
