@@ -67,7 +67,7 @@ def diagnose(
         title=f"basin: within {found.baseline.tol:.3g} nats of {found.baseline.loss:.4f}", title_justify="left"
     )
     for i, name in enumerate(TABLE_HEADER):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 else "right")
     for row in table_rows(found):
         table.add_row(*map(escape, row))
     out = Console(highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from fewbits.diagnose.after import AfterReport, Triple, after_training, triple
 from fewbits.diagnose.before import (
     Baseline,
-    PitchForecast,
     SchemeReport,
     before_training,
     measure_baseline,
@@ -16,6 +15,7 @@ from fewbits.diagnose.before import (
 )
 from fewbits.diagnose.callback import RecoveryCallback
 from fewbits.diagnose.diagnosis import Diagnosis, diagnose, rank_correlation
+from fewbits.diagnose.forecast import PitchForecast, forecast_failure
 from fewbits.diagnose.layers import Proposal, SensitivityTable, layer_sensitivity, propose_recipe
 from fewbits.diagnose.losses import TokenLoss, batched_gradient, batched_hessian, latent_weights, token_loss
 from fewbits.diagnose.pages import section, write_diagnosis
@@ -42,6 +42,7 @@ __all__ = [
     "before_training",
     "diagnose",
     "find_sites",
+    "forecast_failure",
     "latent_weights",
     "layer_sensitivity",
     "measure_baseline",

@@ -205,7 +205,7 @@ def describe(fp: float, values: dict[str, float], tol: float, angle: Displacemen
     left, latent = values["deployed"] - fp, values["latent"] - fp
     came = "The deployed model came back into the basin" if left <= 2 * tol else "The deployed model did not come back"
     text = [f"{came}: {left:+.4f} nats against the original, {values['ptq'] - fp:+.4f} before training."]
-    where = "are themselves inside it" if latent <= 2 * tol else "left it, so only their rounded image is of use"
+    where = "lie inside it" if latent <= 2 * tol else "lie outside it"
     text.append(f"The latent weights {where} ({latent:+.4f} nats).")
     if angle is not None:
         turned = angle.angle_deg - 90

@@ -14,26 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.diagnose.forecast import PitchForecast, forecast_failure
 from fewbits.diagnose.losses import TokenLoss, batched_gradient, batched_hessian
 from fewbits.diagnose.settings import DiagnosisSettings
-from fewbits.diagnose.sites import Cells, Site, round_cells
+from fewbits.diagnose.sites import Site, round_cells
 from fewbits.diagnose.words import judge
 from fewbits.geometry import (
     NoiseFloor,
     Profile,
-    TraceEstimate,
     Width,
-    critical_pitch,
     difference,
     dot,
-    energy_from_trace,
-    hutchinson,
     kappa,
     kappa_rand,
     loss_value,
     noise_floor,
     norm,
-    perturbed,
     placed,
     profile,
     quadratic_width,
@@ -64,27 +60,6 @@ class Baseline(Result):
     num_tokens: int
     num_weights: int
     weight_norm: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PitchForecast(Result):
-    r"""Forecast from curvature and cell size alone, :math:`E\,e^\top H e = \sum_j h_{jj} \Delta_j^2 / 12 + c^\top H c`.
-
-    ``energy`` is that mean, ``clip_energy`` its second part (``c``: error of the clipped weights), ``limit`` the energy
-    ``2 tol`` that fills the basin. ``pitch`` is the root mean square pitch of the unclipped weights and
-    ``critical_pitch`` the one at which the cells alone would fill the basin. ``monte_carlo`` is the share of random
-    errors, uniform in the cells, that raised the measured loss by more than ``tol``.
-    """
-
-    trace: TraceEstimate
-    pitch: float
-    critical_pitch: float
-    energy: float
-    clip_energy: float
-    limit: float
-    failure_probability: float
-    monte_carlo: float | None
-    num_monte_carlo: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +198,9 @@ def measure_scheme(
         quadratic_rise=slope + bend / 2,
         gradient_cosine=slope / (length * baseline.gradient_norm) if baseline.gradient_norm > 0 else 0.0,
         profile=profile(loss, params, error, points),
-        forecast=_forecast(loss, params, cells, baseline, settings) if settings.num_probes else None,
+        forecast=forecast_failure(loss, params, cells, baseline.loss, baseline.tol, settings)
+        if settings.num_probes
+        else None,
         verdict=verdict.short,
         explanation=verdict.long(spread),
     )
@@ -232,40 +209,6 @@ def measure_scheme(
 def _vocab_size(loss: TokenLoss) -> int:
     with torch.no_grad():
         return int(loss.model(input_ids=loss.tokens[:1, :2]).logits.shape[-1])
-
-
-def _forecast(
-    loss: TokenLoss, params: Sequence[Tensor], cells: Cells, baseline: Baseline, settings: DiagnosisSettings
-) -> PitchForecast:
-    hessian = batched_hessian(loss, params)
-    generator = torch.Generator().manual_seed(settings.seed + 2)
-    trace = hutchinson(hessian, params, num_samples=settings.num_probes, generator=generator, weights=cells.pitch)
-    # Known errors of clipped weights enter with their full quadratic form, cross terms included.
-    clip = dot(cells.clip_error, hessian(cells.clip_error)) if cells.clipped_share > 0 else 0.0
-    energy = energy_from_trace(trace, clip_energy=clip)
-    radius = math.sqrt(2 * baseline.tol)
-    inside = sum(int((p > 0).sum()) for p in cells.pitch)
-    pitch = math.sqrt(sum(float(p.double().square().sum()) for p in cells.pitch) / max(inside, 1))
-    share = None
-    if settings.num_monte_carlo:
-        failures = 0
-        for _ in range(settings.num_monte_carlo):
-            draws = [torch.rand(p.shape, generator=generator).to(p) - 0.5 for p in cells.pitch]
-            error = [d * p + c for d, p, c in zip(draws, cells.pitch, cells.clip_error, strict=True)]
-            with perturbed(params, error):
-                failures += not loss_value(loss) - baseline.loss <= baseline.tol
-        share = failures / settings.num_monte_carlo
-    return PitchForecast(
-        trace=trace,
-        pitch=pitch,
-        critical_pitch=pitch * critical_pitch(radius, trace.trace),
-        energy=energy.mean,
-        clip_energy=clip,
-        limit=radius**2,
-        failure_probability=energy.failure_probability(radius),
-        monte_carlo=share,
-        num_monte_carlo=settings.num_monte_carlo,
-    )
 
 
 def before_training(

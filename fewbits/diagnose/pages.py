@@ -17,7 +17,7 @@ JSON_FILE = "diagnosis.json"
 PAGE_FILE = "diagnosis.html"
 RECIPE_NAME = "proposed-recipe.yaml"
 
-TABLE_HEADER = ("scheme", "bits", "loss", "perplexity x", "kappa", "kappa_rand", "P(fail)", "verdict")
+TABLE_HEADER = ("scheme", "bits", "loss", "ppl x", "kappa_rand", "P(fail)", "verdict")
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -32,7 +32,6 @@ def table_rows(found: Diagnosis) -> list[list[str]]:
             f"{r.bits_per_weight:.2f}",
             f"{r.loss:.4f}",
             _number(math.exp(min(r.rise, 700.0))),
-            _number(r.kappa),
             _number(r.kappa_rand),
             "-" if r.forecast is None else f"{r.forecast.failure_probability:.2f}",
             r.verdict,
@@ -42,7 +41,7 @@ def table_rows(found: Diagnosis) -> list[list[str]]:
 
 
 DETAIL_HEADER = (
-    "scheme", "error norm", "clipped", "width along the error", "promised by curvature", "flat ratio", "rise",
+    "scheme", "error norm", "kappa", "clipped", "width along the error", "promised by curvature", "flat ratio", "rise",
     "quadratic rise", "pitch", "critical pitch", "Monte Carlo",
 )  # fmt: skip
 
@@ -57,6 +56,7 @@ def detail_rows(found: Diagnosis) -> list[list[str]]:
             [
                 r.scheme,
                 _number(r.error_norm),
+                _number(r.kappa),
                 f"{r.clipped_share:.1%}",
                 _number(r.width.plus.t),
                 _number(r.quadratic_width),
@@ -103,10 +103,12 @@ def first_screen(found: Diagnosis) -> str:
     return "".join(parts)
 
 
-_COLUMNS = """<p><b>kappa</b>: rounding error in units of the basin's width along it; above 1 it left.
-<b>kappa_rand</b>: the same in units of the width along random directions; it does not look at the answer, so it is a
-forecast. <b>P(fail)</b>: forecast from curvature and the size of the grid's cells alone. <b>Monte Carlo</b>: share of
-random errors of that size that did leave.</p>"""
+_COLUMNS = """<p><b>ppl x</b>: factor on the perplexity. <b>kappa_rand</b>: rounding error in units of the basin's width
+along random directions; above about 1 it should leave. It does not look at the answer, so it is a forecast.
+<b>P(fail)</b>: forecast from curvature and the size of the grid's cells alone.</p>"""
+_DETAILS = """<p><b>kappa</b>: rounding error in units of the width along it; above 1 just restates that it left.
+<b>flat ratio</b>: that width over the one that the curvature promises; far above 1 is a flat floor with a wall, about 1
+a plain bowl. <b>Monte Carlo</b>: share of random errors of the size of the cells that did leave.</p>"""
 
 
 def section(found: Diagnosis) -> dict[str, str]:
@@ -140,8 +142,10 @@ def section(found: Diagnosis) -> dict[str, str]:
             + pictures["plane"]
             + html_table(("inward slope (nats per unit of w)", "rounded", "unrounded", "quadratic", "ratio"), slopes)
         )
-    sections["For readers of the paper"] = html_table(DETAIL_HEADER, detail_rows(found)) + html_table(
-        ("forecast", "rank correlation with the measured rise"), agreement
+    sections["For readers of the paper"] = (
+        html_table(DETAIL_HEADER, detail_rows(found))
+        + _DETAILS
+        + html_table(("forecast", "rank correlation with the measured rise"), agreement)
     )
     sections["Versions"] = html_table(("part", "version"), [[k, v] for k, v in found.versions.items()])
     return sections
