@@ -253,17 +253,17 @@ def _start(
     rules = [r.build() for r in recipe.rules]
     known = (folder / EVAL_FILE).exists() and (folder / "histogram.json").exists()
     scores = read_scores(folder / EVAL_FILE) if known else {"fp": evaluate(teacher, valid, teacher=teacher)}
-    if recipe.init != "rtn":
+    if plain := recipe.init == "rtn" and not recipe.init_options:
+        prepare(model, rules, ignore=recipe.ignore)
+    else:
         if not known:
             rounded = prepare(copy.deepcopy(model), rules, ignore=recipe.ignore)
             scores["rtn"] = evaluate(rounded, valid, teacher=teacher)
             del rounded
         options = {"num_blocks": CALIBRATION_BLOCKS} | recipe.init_options
-        apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **options)
-    else:
-        prepare(model, rules, ignore=recipe.ignore)
+        apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **{"seed": recipe.seed, **options})
     if not known:
-        scores[recipe.init] = evaluate(model, valid, teacher=teacher)
+        scores[recipe.init if plain or recipe.init != "rtn" else "start"] = evaluate(model, valid, teacher=teacher)
         write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))
         write_scores(folder / EVAL_FILE, scores)
     return scores

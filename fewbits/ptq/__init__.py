@@ -11,7 +11,9 @@ from fewbits.ptq.apply import METHODS, apply_ptq, check_options, options_of
 from fewbits.ptq.awq import ScaleSearch, awq, scale_factors, search_scale
 from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
+from fewbits.ptq.rotate import rotation_matrix
 from fewbits.ptq.rtn import rtn
+from fewbits.ptq.stream import rotate_
 
 __all__ = [
     "METHODS",
@@ -25,6 +27,8 @@ __all__ = [
     "hessian_of",
     "options_of",
     "output_error",
+    "rotate_",
+    "rotation_matrix",
     "rtn",
     "scale_factors",
     "search_scale",

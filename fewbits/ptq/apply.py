@@ -16,6 +16,7 @@ from fewbits.ptq.gptq import gptq
 from fewbits.ptq.plan import Plan, choose
 from fewbits.ptq.rtn import rtn
 from fewbits.ptq.stages import LayerMethod, awq_stage, each_layer, without_data
+from fewbits.ptq.stream import rotate_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ _METHODS: dict[str, Method] = {
 }
 METHODS: tuple[str, ...] = tuple(_METHODS)
 """Every method that :func:`apply_ptq` knows."""
-WALK_OPTIONS = ("num_blocks", "batch_size", "quantized_prefix", "sequential")
+WALK_OPTIONS = ("num_blocks", "batch_size", "quantized_prefix", "sequential", "rotate", "seed")
 """Options of :func:`apply_ptq` itself, which go with every method."""
 _NOT_OPTIONS = {"w", "scheme", "hessian", "inputs", "scale", "plan", "stage", "method"}
 
@@ -87,6 +88,8 @@ def apply_ptq(
     batch_size: int = 8,
     quantized_prefix: bool = True,
     sequential: bool = True,
+    rotate: bool = False,
+    seed: int = 0,
     **options: Any,
 ) -> nn.Module:
     """Quantize the layers that the rules choose by a method, in model order, and leave a prepared model.
@@ -108,6 +111,9 @@ def apply_ptq(
         quantized_prefix: whether a transformer block sees the outputs of the quantized blocks before it, or those of
             the full-precision ones.
         sequential: the same inside a block: whether a layer sees the quantized layers before it in its block.
+        rotate: fold a random rotation of the residual stream into the weights first, see
+            :func:`~fewbits.ptq.stream.rotate_`.
+        seed: of the rotation, and of methods that draw.
         **options: of the method, see its own function.
 
     Returns:
@@ -130,6 +136,8 @@ def apply_ptq(
     how = _METHODS[method]
     if how.needs_data and blocks is None:
         raise ValueError(f"method {method!r} needs calibration data; pass blocks")
+    if rotate:
+        rotate_(model, seed=seed)
     chosen = choose(model, rules, method, ignore)
     modes = {name: module.training for name, module in model.named_modules()}
     model.eval()

@@ -7,7 +7,7 @@ untied output head). A model whose blocks cannot be told is one stage. Only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -97,29 +97,16 @@ class Stage:
     @torch.no_grad()
     def groups(self) -> list[Group]:
         """The chosen layers by common input, in the order of their calls; a layer that is never called comes last."""
-        calls: list[tuple[str, Tensor]] = []
-        norms: list[tuple[str, Tensor]] = []
-        handles: list[RemovableHandle] = []
-
-        def note(name: str) -> Callable[..., None]:
-            return lambda module, args: calls.append((name, args[0]))
-
-        def note_norm(name: str) -> Callable[..., None]:
-            return lambda module, args, output: norms.append((name, output))
-
         prefix = f"{self.name}." if self.name else ""
-        for key, module in self.module(self.name).named_modules():
-            if prefix + key in self.layers or isinstance(module, nn.Linear | Conv1D):
-                handles.append(module.register_forward_pre_hook(note(prefix + key)))
-            elif is_norm(module):
-                handles.append(module.register_forward_hook(note_norm(prefix + key)))
-        with _hooks(handles):
+        inside = {prefix + key: module for key, module in self.module(self.name).named_modules()}
+        layers = {k: m for k, m in inside.items() if k in self.layers or isinstance(m, nn.Linear | Conv1D)}
+        with recording(layers, {k: m for k, m in inside.items() if is_norm(m)}) as (calls, norms):
             self.forward(0)
         order = [name for name, _ in calls]
         self._once = {name for name in self.layers if order.count(name) == 1}
         readers: list[tuple[Tensor, list[str]]] = []
         for name, x in calls:
-            known = next((names for tensor, names in readers if tensor is x), None)
+            known = next((names for tensor, names in readers if is_same(tensor, x)), None)
             if known is None:
                 readers.append((x, [name]))
             elif name not in known:
@@ -129,7 +116,7 @@ class Stage:
             chosen = tuple(name for name in names if name in self.layers and name not in seen)
             seen |= set(chosen)
             if chosen:
-                norm = next((name for name, out in norms if out is x), None)
+                norm = next((name for name, out in norms if is_same(out, x)), None)
                 found.append(Group(chosen, norm, tuple(name for name in names if name not in self.layers)))
         return found + [Group((name,)) for name in self.layers if name not in seen]
 
@@ -194,6 +181,31 @@ def _hooks(handles: list[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or a view of all of it (both alive)."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+@contextmanager
+def recording(
+    layers: Mapping[str, nn.Module], norms: Mapping[str, nn.Module]
+) -> Iterator[tuple[list[tuple[str, Tensor]], list[tuple[str, Tensor]]]]:
+    """What reaches the layers and what the norms give while the block runs, with names, in the order of the calls."""
+    reached: list[tuple[str, Tensor]] = []
+    given: list[tuple[str, Tensor]] = []
+
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, args: reached.append((name, args[0]))
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda module, args, output: given.append((name, output))
+
+    handles = [module.register_forward_pre_hook(before(name)) for name, module in layers.items()]
+    handles += [module.register_forward_hook(after(name)) for name, module in norms.items()]
+    with _hooks(handles):
+        yield reached, given
 
 
 @contextmanager
