@@ -34,8 +34,9 @@ from fewbits.io import read_json
 from fewbits.qtensor import QTensor
 from fewbits.targets.base import model_codes
 from fewbits.targets.layers import write_layers
+from fewbits.targets.nbits import LEAVES, OP
 from fewbits.targets.onnx import ONNX
-from fewbits.targets.onnx_graph import FILE, LEAVES, OP, MatMulNBits
+from fewbits.targets.onnx_graph import FILE, MatMulNBits
 from fewbits.testing.tiny import tiny_gpt2, tiny_llama
 from fewbits.verify import verify
 
@@ -193,7 +194,7 @@ def test_large_models_keep_their_tensors_in_a_second_file(tmp_path: Path, monkey
         (scheme("W8H"), ONNX(), "do not fit 2/4/8-bit codes with no zero point; a zero point between two codes has no"),
         (scheme("W3H"), ONNX(num_bits=2), "8 levels -3.5..3.5 do not fit 2-bit codes with a zero point"),
         (scheme("W4H"), ONNX(num_bits=4), "has no kernel beyond 2 bits"),
-        (scheme("W2A16G40"), ONNX(), "group_size=40 cannot be cut into blocks of 16, 32, 64, 128, 256"),
+        (scheme("W2A16G40"), ONNX(), "group_size=40 in rows of 64 cannot be cut into blocks of 16, 32, 64, 128, 256"),
     ],
 )
 def test_refusals_name_the_condition(tmp_path: Path, what: Scheme, target: ONNX, reason: str) -> None:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,19 +124,16 @@ class GPTQ:
         Raises:
             ValueError: for a quantized embedding or Conv1D, a grid that does not fit, or a scale beyond fp16.
         """
-        state, codes = plain_tensors(model), linear_codes(model, self.name)
-        kinds: dict[str, tuple[int, int]] = {}
+        codes = linear_codes(model, self.name)
+        layers: dict[str, GPTQLayer] = {}
         for name, q in codes.items():
             found = self._find(q.scheme, (q.shape[0], q.shape[1]))
             if isinstance(found, str):
                 raise ValueError(f"{name}: {found}")
             fit, group = found
-            kinds[name] = fit.num_bits, -1 if group == q.shape[1] else group
-            state |= {f"{name}.{key}": value for key, value in _pack(name, q, fit, group).items()}
-        save_plain(model, state, tokenizer, folder, save_original_format=False)
-        linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        plain = sorted(linear - set(codes) - {"lm_head"})
-        patch_config(folder, quantization_config=_config(kinds, plain))
+            scale = times(spread_scale(q, group), fit.multiplier, torch.float16, name)
+            layers[name] = GPTQLayer(stored_codes(q, fit), scale, fit.num_bits, group)
+        write_gptq(model, layers, tokenizer, folder)
         write_layers(folder, codes)
 
     def read_codes(self, folder: Path) -> dict[str, QTensor]:
@@ -166,15 +163,40 @@ class GPTQ:
         return model
 
 
-def _pack(name: str, q: QTensor, fit: Fit, group: int) -> dict[str, Tensor]:
-    scale = times(spread_scale(q, group), fit.multiplier, torch.float16, name).t().contiguous()
-    zeros = torch.full(scale.shape, int(fit.zero) - 1, dtype=torch.int16)
-    return {
-        "qweight": pack_words(stored_codes(q, fit), fit.num_bits).t().contiguous(),
-        "qzeros": pack_words(zeros, fit.num_bits),
-        "scales": scale,
-        "g_idx": (torch.arange(q.shape[1]) // group).int(),
-    }
+class GPTQLayer(NamedTuple):
+    """Unsigned codes ``(out_features, in_features)``, fp16 scales ``(out_features, groups)``, bits and group size."""
+
+    stored: Tensor
+    scale: Tensor
+    num_bits: int
+    group: int
+
+    @property
+    def kind(self) -> tuple[int, int]:
+        """Bits and group size as ``config.json`` says them: -1 for one scale a row."""
+        return self.num_bits, -1 if self.group == self.stored.shape[1] else self.group
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the file; zeros are stored less one."""
+        scale = self.scale.t().contiguous()
+        zeros = torch.full(scale.shape, 2 ** (self.num_bits - 1) - 1, dtype=torch.int16)
+        return {
+            "qweight": pack_words(self.stored, self.num_bits).t().contiguous(),
+            "qzeros": pack_words(zeros, self.num_bits),
+            "scales": scale,
+            "g_idx": (torch.arange(self.stored.shape[1]) // self.group).int(),
+        }
+
+
+def write_gptq(model: Any, layers: dict[str, GPTQLayer], tokenizer: Any | None, folder: Path) -> None:
+    """A folder of version 1 with these layers; all other tensors as they are."""
+    state = plain_tensors(model)
+    for name, layer in layers.items():
+        state |= {f"{name}.{key}": value for key, value in layer.tensors().items()}
+    save_plain(model, state, tokenizer, folder, save_original_format=False)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    plain = sorted(linear - set(layers) - {"lm_head"})
+    patch_config(folder, quantization_config=_config({name: layer.kind for name, layer in layers.items()}, plain))
 
 
 def _pattern(name: str) -> str:

@@ -7,7 +7,7 @@ what :class:`~fewbits.quantizer.FewbitsConfig` holds, and engines do not look at
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,7 +94,7 @@ def other_tensors(folder: Path, packed: Iterable[str]) -> dict[str, Tensor]:
     }
 
 
-def stored_tensor(tensors: dict[str, Tensor], key: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
+def stored_tensor(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
     """A tensor of a file, of exactly this dtype (None: any floating one) and shape.
 
     Raises:

@@ -22,33 +22,13 @@ from torch import Tensor, nn
 
 from fewbits.qtensor import QTensor
 from fewbits.scheme import Scheme
-from fewbits.targets.affine import (
-    Fit,
-    Judgement,
-    affine_fit,
-    assemble,
-    codes_from_stored,
-    explain_misfit,
-    gather_scale,
-    refuse_scheme,
-)
+from fewbits.targets.affine import Fit, Judgement
 from fewbits.targets.base import plain_tensors
 from fewbits.targets.dequantized import Dequantized
-from fewbits.targets.layers import linear_codes, read_layers, require, stored_tensor, write_layers
-from fewbits.targets.onnx_graph import (
-    CONSTANT,
-    FILE,
-    LEAVES,
-    OP,
-    Packing,
-    read_onnx,
-    trace,
-    with_accuracy,
-)
-from fewbits.targets.words import unpack_words
+from fewbits.targets.layers import linear_codes, read_layers, require, write_layers
+from fewbits.targets.nbits import LEAVES, OP, WIDTHS, Packing, find_nbits, judge_nbits, unpack_nbits
+from fewbits.targets.onnx_graph import CONSTANT, FILE, read_onnx, trace, with_accuracy
 
-WIDTHS = (2, 4, 8)
-BLOCKS = (16, 32, 64, 128, 256)
 _ONE_FILE = 2**30
 """Bytes of tensors up to which everything lies in one file; protobuf ends at 2 GiB."""
 
@@ -87,33 +67,11 @@ class ONNX:
 
     def _find(self, scheme: Scheme, shape: tuple[int, int]) -> tuple[Fit, int] | str:
         """Codes and block size, or why there are none."""
-        if reason := refuse_scheme(scheme, shape):
-            return reason
-        widths = WIDTHS if self.num_bits is None else (self.num_bits,)
-        for num_bits in widths:
-            fit = affine_fit(scheme.grid, (num_bits,), ("middle", "float") if num_bits == 2 else ("middle",))
-            if fit is not None:
-                break
-        else:
-            why = "" if widths == (2,) else "; a zero point between two codes has no kernel beyond 2 bits"
-            return explain_misfit(scheme.grid, widths, ("float",) if widths == (2,) else ("middle",)) + why
-        size = scheme.scale.group_size
-        if size is None:  # one scale a row, written for every block; blocks of 128 have the fastest kernels
-            return fit, max(n for n in BLOCKS[:4] if n <= max(shape[1], BLOCKS[0]))
-        block = max((n for n in BLOCKS if size % n == 0), default=None)
-        if block is None:
-            return f"group_size={size} cannot be cut into blocks of {', '.join(map(str, BLOCKS))}"
-        return fit, block
+        return find_nbits(scheme, shape, self.num_bits)
 
     def judge(self, scheme: Scheme, shape: tuple[int, int]) -> Judgement:
         """Verdict and reason; :meth:`holds` is its refusal. Scales are fp32, so nothing depends on the numbers."""
-        found = self._find(scheme, shape)
-        if isinstance(found, str):
-            return Judgement(verdict="cannot", reason=found)
-        fit, block = found
-        return Judgement(
-            verdict="lossless", reason=f"{fit.num_bits}-bit codes, zero point {fit.zero}, blocks of {block}"
-        )
+        return judge_nbits(self._find(scheme, shape))
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme."""
@@ -152,41 +110,15 @@ class ONNX:
         layers = read_layers(folder)
         if extra := sorted(set(nodes) - set(layers)):
             raise ValueError(f"{folder / FILE} has the quantized layer {extra[0]}, which is not described")
-        found = {}
+        found: dict[str, QTensor] = {}
         for name, (scheme, shape) in layers.items():
             try:
-                found[name] = self._read_layer(name, scheme, shape, nodes.get(name), tensors)
+                if name not in nodes:
+                    raise ValueError(f"{FILE} has no {OP} for it")
+                found |= unpack_nbits(name, nodes[name], tensors, [(name, scheme, shape)])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return found
-
-    def _read_layer(
-        self, name: str, scheme: Scheme, shape: tuple[int, int], node: Any | None, tensors: dict[str, Tensor]
-    ) -> QTensor:
-        if node is None:
-            raise ValueError(f"{FILE} has no {OP} for it")
-        attributes = {a.name: a.i for a in node.attribute}
-        bits = attributes.get("bits")
-        found = ONNX(bits)._find(scheme, shape) if bits in WIDTHS else f"the node has bits={bits!r}"
-        if isinstance(found, str):
-            raise ValueError(found)
-        fit, block = found
-        rows, width, num_blocks = *shape, -(-shape[1] // block)
-        wanted = {"K": width, "N": rows, "bits": fit.num_bits, "block_size": block}
-        inputs = [f"{name}.{leaf}" for leaf in LEAVES[: 2 if fit.zeros == "middle" else 3]]
-        if {key: attributes.get(key) for key in wanted} != wanted or list(node.input[1:]) != inputs:
-            raise ValueError(
-                f"the node has {attributes} and inputs {list(node.input[1:])}; {wanted} and {inputs} are needed"
-            )
-        packed = stored_tensor(tensors, inputs[0], torch.uint8, (rows, num_blocks, block * fit.num_bits // 8))
-        scale = stored_tensor(tensors, inputs[1], torch.float32, (rows, num_blocks))
-        if len(inputs) == 3 and bool(
-            (stored_tensor(tensors, inputs[2], torch.float32, scale.shape) != float(fit.zero)).any()
-        ):
-            raise ValueError(f"a zero point is not {fit.zero}")
-        words = packed.reshape(rows, -1).view(torch.int32)
-        codes = codes_from_stored(unpack_words(words, num_blocks * block, fit.num_bits)[:, :width], scheme, fit)
-        return assemble(codes, gather_scale(scale, fit.multiplier, scheme, shape, block), scheme)
 
     def read_tensors(self, folder: Path) -> dict[str, Tensor]:
         """Norms, embeddings, biases and whatever was not quantized, in fp32."""

@@ -24,18 +24,13 @@ from torch import Tensor, nn
 
 from fewbits.convert import replace_module_
 from fewbits.qtensor import QTensor
-from fewbits.targets.affine import Fit, spread_scale, stored_codes, times
+from fewbits.targets.affine import Fit
 from fewbits.targets.layers import require
-from fewbits.targets.words import pack_words
+from fewbits.targets.nbits import DOMAIN, LEAVES, OP, Packing, node_attributes, pack_nbits
 
 FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-OP, DOMAIN = "MatMulNBits", "com.microsoft"
 CONSTANT = "constant/"
-LEAVES = ("codes", "scales", "zeros")
-
-Packing = tuple[QTensor, Fit, int]
-"""Codes and scales of a layer, how its levels are stored, and the block size."""
 
 
 class MatMulNBits(nn.Module):
@@ -47,20 +42,12 @@ class MatMulNBits(nn.Module):
 
     def __init__(self, name: str, q: QTensor, fit: Fit, block: int, accuracy_level: int, bias: Tensor | None) -> None:
         super().__init__()
-        rows, width = q.shape
-        stored = nn.functional.pad(stored_codes(q, fit), (0, -width % block))
-        packed = pack_words(stored, fit.num_bits).view(torch.uint8)
-        self.register_buffer("codes", packed.view(rows, -1, block * fit.num_bits // 8))
-        self.register_buffer("scales", times(spread_scale(q, block), fit.multiplier, torch.float32, name))
-        zeros = None if fit.zeros == "middle" else torch.full_like(self.scales, float(fit.zero))
-        self.register_buffer("zeros", zeros)
+        parts = pack_nbits(name, q, fit, block)
+        for leaf in LEAVES:
+            self.register_buffer(leaf, parts.get(leaf))
         self.bias = bias
-        self.attributes: dict[str, Any] = {
-            "K": width,
-            "N": rows,
-            "bits": fit.num_bits,
-            "block_size": block,
-            "accuracy_level": accuracy_level,
+        self.attributes: dict[str, Any] = node_attributes(q.shape[0], q.shape[1], fit, block) | {
+            "accuracy_level": accuracy_level
         }
 
     def forward(self, x: Tensor) -> Tensor:
