@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-from fewbits.cli import app
 from fewbits.convert import Rule, owned_layers, prepare
 from fewbits.data import TokenBlocks
 from fewbits.diagnose import (
     DiagnosisSettings,
-    RecoveryCallback,
     TokenLoss,
     after_training,
     batched_gradient,
@@ -38,10 +32,9 @@ from fewbits.diagnose.words import BROKEN, FREE, LEAVES, judge
 from fewbits.evaluate import evaluate
 from fewbits.geometry import difference, dot, gradient, hvp, loss_value, norm, random_like
 from fewbits.io import read_json
-from fewbits.pipeline import run
 from fewbits.recipe import Recipe
 from fewbits.scheme import Scheme
-from fewbits.testing.tiny import tiny_gpt2, tiny_llama, toy_blocks, toy_text
+from fewbits.testing.tiny import tiny_gpt2, tiny_llama, toy_blocks
 
 SCHEMES = {name: Scheme.parse(name) for name in ("W4", "W2", "W1")}
 QUICK = DiagnosisSettings(num_random=2, num_bisections=3, num_probes=2, num_monte_carlo=2, profile_points=3)
@@ -50,27 +43,6 @@ QUICK = DiagnosisSettings(num_random=2, num_bisections=3, num_probes=2, num_mont
 @pytest.fixture(scope="module")
 def blocks() -> TokenBlocks:
     return TokenBlocks(toy_blocks(6, 16).numpy(), 1.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny byte-level checkpoint that knows its text a little, and the text."""
-    root = tmp_path_factory.mktemp("diagnose")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[2]).save_pretrained(root / "model")
-    torch.manual_seed(0)
-    model = tiny_llama()
-    ids = torch.tensor(PreTrainedTokenizerFast(tokenizer_object=tokenizer)(toy_text(40))["input_ids"])[: 40 * 32]
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(input_ids=ids.view(40, 32), labels=ids.view(40, 32)).loss.backward()
-        optimizer.step()
-    model.save_pretrained(root / "model")
-    (root / "text.txt").write_text(toy_text(60))
-    return root
 
 
 def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -333,73 +305,6 @@ def test_json_holds_every_number(blocks: TokenBlocks, tmp_path: Path) -> None:
     assert "&lt;tiny&gt;" in text
     assert "<tiny>" not in text
     assert Recipe.load(tmp_path / "d" / "proposed-recipe.yaml") == found.proposal.recipe
-
-
-def test_end_to_end_with_a_run_and_its_recovery(folder: Path, tmp_path: Path) -> None:
-    """Diagnose, train what it proposes for a step under the callback, and diagnose the run."""
-    common = [str(folder / "model"), "--data", str(folder / "text.txt"), "--blocks", "4", "--block-size", "32"]
-    quick = ["--random", "1", "--probes", "2", "--monte-carlo", "1"]
-    cli = CliRunner()
-    first = cli.invoke(
-        app, ["diagnose", *common, *quick, "--schemes", "W4,W2,W1", "--budget", "2.5", "-o", str(tmp_path / "a")]
-    )
-    assert first.exit_code == 0, first.output
-    assert "kappa_rand" in first.output
-    recipe = Recipe.load(
-        tmp_path / "a" / "proposed-recipe.yaml",
-        [
-            "train.max_steps=3",
-            "train.batch_size=2",
-            "data.block_size=32",
-            "data.eval_tokens=64",
-            "train.logging_steps=1",
-        ],
-    )
-    blocks = TokenBlocks(toy_blocks(2, 32).numpy(), 1.0)
-    watch = RecoveryCallback(blocks, reference=0.0, tol=100.0, interval=2, path=tmp_path / "recovery.jsonl")
-    result = run(recipe, tmp_path / "run", quiet=True, callbacks=[watch])
-    assert watch.steps == [0, 2, 3]
-    assert watch.deployed[-1] == evaluate(result.model, blocks).loss
-    assert watch.latent[-1] == loss_value(token_loss(result.model, blocks, latent=True))
-    assert watch.report().recovery_step == 0
-    assert watch.report().last_deployed == watch.deployed[-1]
-    lines = [yaml.safe_load(line) for line in (tmp_path / "recovery.jsonl").read_text().splitlines()]
-    assert [(r["step"], r["deployed_loss"]) for r in lines] == list(zip(watch.steps, watch.deployed, strict=True))
-    second = cli.invoke(
-        app, ["diagnose", *common, *quick, "--schemes", "W2", "--run", str(tmp_path / "run"), "-o", str(tmp_path / "b")]
-    )
-    assert second.exit_code == 0, second.output
-    assert "came back" in second.output or "did not come back" in second.output
-    assert (tmp_path / "b" / "plane.png").exists()
-    assert read_json(tmp_path / "b" / "diagnosis.json")["after"]["loss_ptq"] > 0
-    bad = cli.invoke(app, ["diagnose", *common, "--schemes", "W9", "-o", str(tmp_path / "c")])
-    assert bad.exit_code == 1
-    assert "W9" in bad.output
-
-
-def test_the_callback_takes_up_a_resumed_curve(blocks: TokenBlocks, tmp_path: Path) -> None:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-
-    model = prepare(tiny_llama(), Rule(scheme="W2"))
-    args, control = TrainingArguments(output_dir=str(tmp_path), report_to=[]), TrainerControl()
-
-    def watch() -> RecoveryCallback:
-        return RecoveryCallback(blocks, reference=1.0, tol=0.1, interval=1, path=tmp_path / "r.jsonl")
-
-    first = watch()
-    first.on_train_begin(args, TrainerState(global_step=0), control, model=model)
-    for step in (1, 2, 3):
-        first.on_step_end(args, TrainerState(global_step=step), control, model=model)
-    again = watch()
-    again.on_train_begin(args, TrainerState(global_step=2), control, model=model)
-    assert again.steps == [0, 1, 2]
-    fresh = watch()
-    fresh.on_train_begin(args, TrainerState(global_step=0), control, model=model)
-    assert fresh.steps == [0]
-    with pytest.raises(ValueError, match="nothing is recorded"):
-        watch().report()
-    with pytest.raises(ValueError, match="interval=0"):
-        RecoveryCallback(blocks, reference=1.0, tol=0.1, interval=0)
 
 
 def test_what_cannot_be_diagnosed_says_why(blocks: TokenBlocks) -> None:
