@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 def evaluate(
     model: nn.Module, blocks: TokenBlocks, *, teacher: nn.Module | None = None, batch_size: int = 8
 ) -> EvalResult:
-    """Score a causal LM on token blocks; deterministic, in eval mode (the mode is restored).
+    """Score a causal LM on token blocks; deterministic, in eval mode (the mode of every part is restored).
 
     Args:
         model: maps ``input_ids`` to an output with ``logits``.
@@ -77,8 +77,9 @@ def evaluate(
     Raises:
         ValueError: if a loss is not finite, or the vocabularies differ.
     """
-    modes = [(m, m.training) for m in (model, teacher) if m is not None]
-    for m, _ in modes:
+    whole = [m for m in (model, teacher) if m is not None]
+    modes = [(part, part.training) for m in whole for part in m.modules()]
+    for m in whole:
         m.eval()
     device = next(iter([*model.parameters(), *model.buffers()])).device
     totals = torch.zeros(3, dtype=torch.float64)
@@ -87,8 +88,8 @@ def evaluate(
         ids = torch.stack([blocks[i]["input_ids"] for i in range(first, min(first + batch_size, len(blocks)))])
         totals += _score(model, teacher, ids.to(device)).cpu()
         count += ids[:, 1:].numel()
-    for m, training in modes:
-        m.train(training)
+    for part, training in modes:
+        part.training = training
     loss, kl, agree = (totals / count).tolist()
     if not math.isfinite(loss):
         raise ValueError(f"the loss on {count} tokens is {loss}; the model's weights or activations are not finite")

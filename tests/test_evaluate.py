@@ -41,10 +41,12 @@ def test_against_the_loop_and_any_batch_size() -> None:
 
 def test_a_model_agrees_with_itself_and_less_with_another() -> None:
     model = tiny_llama(seed=1).train()
+    model.model.norm.eval()
     same = evaluate(model, blocks(), teacher=model)
     assert same.kl_to_teacher == pytest.approx(0, abs=1e-9)
     assert same.top1_agreement == 1
     assert model.training
+    assert not model.model.norm.training
     other = evaluate(model, blocks(), teacher=tiny_llama(seed=2))
     assert other.kl_to_teacher is not None
     assert other.kl_to_teacher > 1e-4
