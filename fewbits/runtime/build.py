@@ -21,7 +21,7 @@ from pathlib import Path
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-ffp-contract=off")
 """No ``-march``: the vector kernels name their instruction sets themselves and are chosen at run time."""
 COMPILERS = ("cc", "gcc", "clang")
-_COMPILE_SECONDS = 300
+_COMPILE_SECONDS = 900
 _SOURCES = ("kernels.c", "pool.c", "portable.c", "lanes.c", "avx2.c", "avx512.c")
 
 

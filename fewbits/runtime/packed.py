@@ -28,8 +28,9 @@ _LANES = {"avx2": 8, "avx512": 16}
 _LANE_WIDTH = {1: 32, 2: 16, 3: 8, 4: 8}
 _SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _READABLE = 64  # bytes behind the codes that a kernel may read, all zero
-MAX_KERNEL_TOKENS = 16
+MAX_KERNEL_TOKENS = {"avx512": 64, "avx2": 64, "portable": 4}
 """Up to here fp32 activations go through the kernel; more tokens dequantize tiles of rows for a dense product."""
+_INT8_TOKENS = 64  # of one call: bounds its working memory
 _TILE_FLOATS = 2**19  # 2 MB: a tile of dequantized rows stays in the cache
 
 
@@ -188,14 +189,16 @@ class PackedWeight:
         library = load_kernels() if self.kernel != "torch" else None
         if library is None:
             return self._dense(self._rounded(x))
-        y = torch.empty(len(x), self.shape[0])
-        if self.activations == "fp32" and len(x) > MAX_KERNEL_TOKENS:
+        count = x.shape[0]
+        y = torch.empty(count, self.shape[0])
+        int8 = self.activations == "int8"
+        if not int8 and count > MAX_KERNEL_TOKENS[self.kernel]:
             return self._tiled(library, x, y, threads)
-        int8 = int(self.activations == "int8")
-        for start in range(0, len(x), MAX_KERNEL_TOKENS):
-            part = x[start : start + MAX_KERNEL_TOKENS]
-            if library.fb_linear(self.layer, part.data_ptr(), y[start:].data_ptr(), len(part), int8, threads):
-                raise MemoryError(f"no memory for the activations of {len(part)} tokens of {self.shape[1]} features")
+        for start in range(0, count, _INT8_TOKENS):
+            source, target = x.data_ptr() + 4 * start * x.shape[1], y.data_ptr() + 4 * start * y.shape[1]
+            part = min(count - start, _INT8_TOKENS)
+            if library.fb_linear(self.layer, source, target, part, int8, threads):
+                raise MemoryError(f"no memory for the activations of {part} tokens of {self.shape[1]} features")
         return y
 
     def _tiled(self, library: Any, x: Tensor, y: Tensor, threads: int) -> Tensor:

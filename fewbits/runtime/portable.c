@@ -33,9 +33,9 @@ INLINE float dot_f32(const float *w, const float *x, int64_t n) {
     return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
 }
 
-INLINE int32_t dot_int8(const uint8_t *u, const int8_t *q, int64_t n, int32_t twice_zero) {
+INLINE int32_t dot_int8(const int16_t *twice, const int8_t *q, int64_t n) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (2 * (int32_t)u[i] - twice_zero) * q[i];
+    for (int64_t i = 0; i < n; i++) sum += (int32_t)twice[i] * (int32_t)(int16_t)q[i]; /* pmaddwd */
     return sum;
 }
 
@@ -49,12 +49,12 @@ static float row_f32(const fb_layer *L, const float *levels, const float *scale,
     return total;
 }
 
-static float row_int8(const fb_layer *L, const uint8_t *u, const float *scale, const int8_t *q, const float *xscale) {
+static float row_int8(const fb_layer *L, const int16_t *twice, const float *scale, const int8_t *q, const float *xscale) {
     float total = 0;
     for (int64_t k = 0, g = 0; k < L->width; k += L->group, g++) {
         int64_t n = k + L->group < L->width ? L->group : L->width - k;
         float s = L->half_step * scale[g] * xscale[g];
-        total += s * (float)dot_int8(u + k, q + k, n, L->twice_zero);
+        total += s * (float)dot_int8(twice + k, q + k, n);
     }
     return total;
 }
@@ -64,6 +64,7 @@ static void portable_rows(const job *J, int64_t begin, int64_t end) {
     const fb_layer *L = J->L;
     float *scale = malloc((size_t)L->num_groups * 4 + (size_t)L->width * 5);
     float *levels = scale + L->num_groups;
+    int16_t *twice = (int16_t *)levels; /* twice the level over the step; never both */
     uint8_t *u = (uint8_t *)(levels + L->width);
     for (int64_t row = begin; row < end; row++) {
         if (scale) {
@@ -71,11 +72,13 @@ static void portable_rows(const job *J, int64_t begin, int64_t end) {
             unpack_row(L, row, u);
             if (!J->int8)
                 for (int64_t i = 0; i < L->width; i++) levels[i] = L->levels[u[i]];
+            else
+                for (int64_t i = 0; i < L->width; i++) twice[i] = (int16_t)(2 * u[i] - L->twice_zero);
         }
         for (int64_t i = 0; i < J->n; i++) {
             float sum = NOT_A_NUMBER;
             if (scale && J->int8)
-                sum = row_int8(L, u, scale, J->q + i * J->padded, J->xscale + i * L->num_groups);
+                sum = row_int8(L, twice, scale, J->q + i * J->padded, J->xscale + i * L->num_groups);
             else if (scale)
                 sum = row_f32(L, levels, scale, J->x + i * J->padded);
             J->y[i * L->rows + row] = sum;
