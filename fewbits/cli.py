@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from fewbits.cli_diagnose import diagnose_app
 from fewbits.cli_arena import arena_app
+from fewbits.cli_diagnose import diagnose_app
 from fewbits.cli_runtime import runtime_app
 
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)

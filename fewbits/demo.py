@@ -262,7 +262,7 @@ def _export_and_verify(run_folder: Path, say: Callable[[str], None]) -> dict[str
     return verified
 
 
-TABLE_HEADER = ("model", "bits per weight", "size (MB)", "perplexity", "KL to teacher")
+TABLE_HEADER = ("model", "bits/weight", "MB", "perplexity", "KL to teacher")
 
 
 def table_rows(result: DemoResult) -> list[list[str]]:
