@@ -195,10 +195,9 @@ def byte_level(pre: str = "gpt-2", *, add_bos: bool = False, template: str | Non
 @functools.lru_cache(maxsize=2)
 def sentencepiece_like(*, prefix: bool) -> Any:
     """A BPE tokenizer as Transformers makes it of a SentencePiece model: byte fallback, spaces as a letter."""
-    marked = _TEXT.replace(" ", "▁").replace("\n", "").replace("\t", "")
+    words = toy_text(300).replace(" ", " ▁").split(" ")
     trained = Tokenizer(models.BPE())
-    trained.train_from_iterator([w for w in marked.replace("▁", " ▁").split(" ") if w],
-                                trainers.BpeTrainer(vocab_size=50, show_progress=False))  # fmt: skip
+    trained.train_from_iterator(words, trainers.BpeTrainer(vocab_size=57, show_progress=False))
     pieces = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
     special = ["<s>", "</s>", "<unk>"]
     vocab = {text: i for i, text in enumerate([*special, *(f"<0x{b:02X}>" for b in range(256)), *pieces])}

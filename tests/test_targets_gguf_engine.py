@@ -277,6 +277,14 @@ def test_chat_templates(tmp_path: Path) -> None:
     assert metadata["tokenizer.chat_templates"] == ["tool_use"]
 
 
+def test_a_byte_level_vocabulary_names_a_special_token_as_unknown() -> None:
+    named = changed(byte_level())
+    named.unk_token = "<|eos|>"
+    metadata: Any = tokenizer_metadata(named, VOCAB_SIZE)
+    assert metadata["tokenizer.ggml.unknown_token_id"] == 1
+    assert metadata["tokenizer.ggml.token_type"][1] == 3
+
+
 def test_tokens_beyond_the_tokenizer_are_unused_and_distinct() -> None:
     metadata = tokenizer_metadata(byte_level(), VOCAB_SIZE + 9)
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
