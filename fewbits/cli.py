@@ -30,6 +30,8 @@ class _Group(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # these are RuntimeErrors too, and no errors of ours
+            raise
         except USER_ERRORS as error:
             if ctx.params.get("debug"):
                 raise

@@ -117,4 +117,7 @@ def test_help_of_every_command_shows_an_example() -> None:
     names = [c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands]
     assert len(names) >= 8
     for name in names:
-        assert "xample" in call(name.removesuffix("_command"), "--help").output
+        result = call(name.removesuffix("_command"), "--help")
+        assert result.exit_code == 0
+        assert "xample" in result.output
+        assert "error" not in result.output

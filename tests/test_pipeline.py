@@ -81,7 +81,7 @@ def test_resume_after_an_interrupt_is_bit_identical(checkpoint: Path, tmp_path: 
         run(recipe(checkpoint), broken, quiet=True, callbacks=[Interrupt()])
     with pytest.raises(ValueError, match="unfinished run; pass resume"):
         run(recipe(checkpoint), broken, quiet=True)
-    with pytest.raises(ValueError, match="another recipe .it differs in seed"):
+    with pytest.raises(ValueError, match=r"another recipe .it differs in seed"):
         run(recipe(checkpoint, "seed=1"), broken, quiet=True, resume=True)
     run(recipe(checkpoint), broken, quiet=True, resume=True)
     for name in ("metrics.jsonl", "eval.json", "histogram.json"):
