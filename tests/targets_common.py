@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fewbits import Rule, Scheme, prepare
 from fewbits.export import export
@@ -68,9 +69,9 @@ def trained(what: Scheme, kind: str = "llama", dtype: torch.dtype = torch.float3
     return model.eval()
 
 
-def exported(model: Any, target: Target, folder: Path) -> Path:
+def exported(model: Any, target: Target, folder: Path, tokenizer: Any | None = None) -> Path:
     """The export, after codes, scales and all other tensors were read back and found equal bit for bit."""
-    export(model, target, folder)
+    export(model, target, folder, tokenizer=tokenizer)
     codes, stored = model_codes(model), target.read_codes(folder)
     assert stored is not None
     assert set(stored) == set(codes)
@@ -91,3 +92,13 @@ def exported(model: Any, target: Target, folder: Path) -> Path:
 def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Logits ``(sequences, length, vocabulary)``."""
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of the 256 bytes, in the order of their stand-in characters."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = {"pad_token": characters[0], "bos_token": characters[1], "eos_token": characters[2]}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)

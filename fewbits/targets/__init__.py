@@ -7,6 +7,7 @@ import difflib
 from fewbits.targets.base import Target
 from fewbits.targets.compressed_tensors import CompressedTensors
 from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.genai import GenAI
 from fewbits.targets.gguf import GGUF
 from fewbits.targets.gguf import TYPES as GGUF_TYPES
 from fewbits.targets.gptq import GPTQ
@@ -28,6 +29,7 @@ _ALL: tuple[Target, ...] = (
     MLX("fp16"),
     ONNX(),
     ONNX(num_bits=4),
+    GenAI(),
     GGUF(),
     *(GGUF(kind) for kind in GGUF_TYPES),
 )

@@ -133,7 +133,7 @@ class GPTQ:
             fit, group = found
             scale = times(spread_scale(q, group), fit.multiplier, torch.float16, name)
             layers[name] = GPTQLayer(stored_codes(q, fit), scale, fit.num_bits, group)
-        write_gptq(model, layers, tokenizer, folder)
+        write_gptq(model, plain_tensors(model), layers, tokenizer, folder)
         write_layers(folder, codes)
 
     def read_codes(self, folder: Path) -> dict[str, QTensor]:
@@ -188,15 +188,17 @@ class GPTQLayer(NamedTuple):
         }
 
 
-def write_gptq(model: Any, layers: dict[str, GPTQLayer], tokenizer: Any | None, folder: Path) -> None:
-    """A folder of version 1 with these layers; all other tensors as they are."""
-    state = plain_tensors(model)
+def write_gptq(
+    model: Any, plain: dict[str, Tensor], layers: dict[str, GPTQLayer], tokenizer: Any | None, folder: Path
+) -> None:
+    """A folder of version 1 with these layers and these other tensors."""
+    state = dict(plain)
     for name, layer in layers.items():
         state |= {f"{name}.{key}": value for key, value in layer.tensors().items()}
     save_plain(model, state, tokenizer, folder, save_original_format=False)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    plain = sorted(linear - set(layers) - {"lm_head"})
-    patch_config(folder, quantization_config=_config({name: layer.kind for name, layer in layers.items()}, plain))
+    rest = sorted(linear - set(layers) - {"lm_head"})
+    patch_config(folder, quantization_config=_config({name: layer.kind for name, layer in layers.items()}, rest))
 
 
 def _pattern(name: str) -> str:
