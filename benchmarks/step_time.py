@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -119,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_memory(arm: str, argv: list[str]) -> int:
-    """Peak resident bytes (CPU) or allocated bytes (GPU) of two steps of one arm, in a process of its own."""
+    """Peak resident bytes (CPU, Linux) or allocated bytes (GPU) of two steps of one arm, in its own process."""
     command = [sys.executable, __file__, "--memory-of", arm, *argv]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -137,7 +136,9 @@ def memory_of(args: argparse.Namespace) -> int:
         one_step(model, optimizer, ids, device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss: a child starts with its parent's; VmHWM is that of this program alone
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def main() -> None:
