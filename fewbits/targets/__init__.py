@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 
 from fewbits.targets.base import Target
+from fewbits.targets.bitnet import BitNet
 from fewbits.targets.compressed_tensors import CompressedTensors
 from fewbits.targets.dequantized import Dequantized
 from fewbits.targets.genai import GenAI
@@ -30,6 +31,7 @@ _ALL: tuple[Target, ...] = (
     ONNX(),
     ONNX(num_bits=4),
     GenAI(),
+    BitNet(),
     GGUF(),
     *(GGUF(kind) for kind in GGUF_TYPES),
 )
