@@ -311,7 +311,7 @@ def test_things_that_are_no_export(model: Any, copy: Path, tmp_path: Path) -> No
         verify(tmp_path, copy)
     manifest = read_json(copy / "fewbits_export.json")
     for change, message in (
-        ({"target": "onnx"}, "unknown target 'onnx'"),
+        ({"target": "tflite"}, "unknown target 'tflite'"),
         ({"format_version": 9}, "format version 9"),
         ({"files": None}, "is damaged"),
     ):

@@ -92,7 +92,7 @@ def describe(model: nn.Module) -> str:
         >>> from fewbits.convert import Rule, convert, prepare
         >>> model = convert(prepare(nn.Sequential(nn.Linear(64, 8)), Rule(scheme="W2A16G64")))
         >>> describe(to_runtime(model, kernel="torch"))
-        '1 x W2A16G64, fp32 activations, kernel torch (asked for), 1.2 kB'
+        '1 x W2A16G64, fp32 activations, kernel torch (asked for), 0.2 kB'
     """
     groups: dict[tuple[str, str, str, str], list[PackedWeight]] = {}
     for _, layer in runtime_layers(model):
