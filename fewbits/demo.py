@@ -293,7 +293,9 @@ def _page(result: DemoResult, folders: dict[str, list[Path]]) -> str:
             bars({row.name: row.perplexity for row in result.rows}, y_label="perplexity", log_y=True),
             "Held-out text; bars are means over seeds, dots the seeds.",
         ),
-        "The same prompt, continued": html_table(("model", "text"), [[row.name, row.sample] for row in result.rows]),
+        "The same prompt, continued": html_table(
+            ("model", "text"), [[row.name, row.sample] for row in result.rows], text=True
+        ),
         "Proof": "<p>"
         + "; ".join(
             f"export <b>{html.escape(k)}</b>: {'read back and equal' if v else 'NOT equal'}"

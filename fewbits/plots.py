@@ -57,7 +57,7 @@ def bars(values: Mapping[str, Sequence[float]], *, y_label: str, log_y: bool = F
         if len(points) > 1:
             axes.plot([i] * len(points), points, "k.", ms=5)
         axes.annotate(f"{mean:.4g}", (i, mean), ha="center", va="bottom", fontsize=9)
-    axes.set_xticks(range(len(values)), list(values))
+    axes.set_xticks(range(len(values)), [name.replace(", ", ",\n") for name in values])
     axes.set_ylabel(y_label)
     if log_y:
         axes.set_yscale("log")
