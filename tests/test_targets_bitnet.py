@@ -103,8 +103,8 @@ def test_packing_is_the_one_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("what", "shape", "reason"),
     [
-        (scheme("W2", "per_tensor"), (64, 64), "the levels -2, -1, 0, 1 are not ternary"),
-        (scheme("W2H", "per_tensor"), (64, 64), "the levels -1.5, -0.5, 0.5, 1.5 are not ternary"),
+        (scheme("W2", "per_tensor"), (64, 64), "the 4 levels -2..1 are not ternary"),
+        (scheme("W2H", "per_tensor"), (64, 64), "the 4 levels -1.5..1.5 are not ternary"),
         (scheme("W1.58"), (64, 64), "one scale for a whole matrix; train with granularity='per_tensor'"),
         (scheme("W1.58A16G32"), (64, 64), "one scale for a whole matrix"),
         (TERNARY, (30, 64), "out_features=30 is not a multiple of 4"),

@@ -116,14 +116,28 @@ def test_refusals_name_the_condition(what: Scheme, target: GPTQ, shape: tuple[in
         (scheme("W3H"), "lossless"),
         (scheme("W3H", dtype="fp16"), "lossless if"),
         (scheme("W2", dtype="bf16"), "lossless if"),
-        (scheme("W2", dtype="fp32"), "lossless if"),
+        (scheme("W2", dtype="fp32"), "cannot"),
     ],
 )
 def test_scales_must_be_fp16_numbers(tmp_path: Path, what: Scheme, verdict: str) -> None:
     assert GPTQ().judge(what, (64, 64)).verdict == verdict
-    if what.scale.dtype == "fp32":
-        with pytest.raises(ValueError, match=r"q_proj: 1 times the scale is not exact in float16 for \d+ of 64 scales"):
+    if verdict == "cannot":
+        with pytest.raises(
+            ValueError, match=r"q_proj .* only if every scale is an fp16 number, but with fp32 scales: "
+        ):
             export(trained(what), GPTQ(), tmp_path / "x")
+    else:
+        exported(trained(what), GPTQ(), tmp_path / "x")
+
+
+def test_one_scale_beyond_fp16_is_refused_at_export(tmp_path: Path) -> None:
+    model = prepare(tiny_llama(), Rule(scheme=scheme("W2", dtype="bf16")))
+    scale: Any = model.model.layers[0].self_attn.q_proj.weight_scale
+    with torch.no_grad():
+        scale[3] = 2.0**-30
+    with pytest.raises(ValueError, match=r"q_proj: 1 times the scale is not exact in float16 for 1 of 64 scales"):
+        export(model, GPTQ(), tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_linear_layers_and_known_widths(tmp_path: Path) -> None:

@@ -185,12 +185,13 @@ def test_refusals_name_the_condition(what: Scheme, shape: tuple[int, int], reaso
     [
         (scheme("W2H"), "fp16", "lossless", None),
         (scheme("W3"), "fp16", "lossless", None),
-        (scheme("W2H", dtype="fp16"), "fp16", "lossless if", r"-3/2 times the scale is not exact in float16"),
-        (scheme("W4"), "fp16", "lossless if", "not exact in float16 for .* weights; use the target mlx"),
-        (scheme("W2", dtype="fp32"), "fp16", "lossless if", r"1 times the scale is not exact in float16"),
+        (scheme("W2H", dtype="fp16"), "fp16", "cannot", r"-3/2 times the scale is not exact in float16"),
+        (scheme("W4"), "fp16", "cannot", "not exact in float16 for .* weights; use the target mlx"),
+        (scheme("W2", dtype="fp32"), "fp16", "cannot", r"1 times the scale is not exact in float16"),
+        (scheme("W3H", dtype="bf16"), "fp16", "lossless if", None),
         (scheme("W2H", dtype="fp16"), "fp32", "lossless", None),
         (scheme("W8"), "fp32", "lossless", None),
-        (scheme("W2H", dtype="fp32"), "fp32", "lossless if", "not exact in float32"),
+        (scheme("W2H", dtype="fp32"), "fp32", "cannot", "not exact in float32"),
     ],
 )
 def test_mlx_adds_and_multiplies_in_the_dtype_of_the_scales(

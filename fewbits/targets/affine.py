@@ -12,8 +12,9 @@ allows is written several times, which changes no weight.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -23,12 +24,13 @@ from torch import Tensor
 
 from fewbits.grids import AnyGrid
 from fewbits.numerics import STORED_DTYPE
-from fewbits.qtensor import QTensor
+from fewbits.qtensor import QTensor, quantize
 from fewbits.scales import double_quantize
 from fewbits.scheme import Scheme
 from fewbits.targets.gguf_plan import SIGNIFICANT_BITS, Verdict, integer_levels
 
 Zero = Literal["middle", "int", "float"]
+_PROBE_ROWS, _NUM_PROBES = 4, 8
 _SIGNIFICAND = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}
 
 
@@ -83,6 +85,7 @@ def affine_fit(grid: AnyGrid, widths: Iterable[int], zeros: Sequence[Zero] = ("m
     return None
 
 
+@functools.lru_cache(maxsize=512)
 def _fit(integers: tuple[int, ...], divisor: int, num_bits: int, kind: Zero) -> Fit | None:
     top = 2**num_bits - 1
     first = integers[0]
@@ -186,6 +189,37 @@ def times(scale: Tensor, factor: Fraction, dtype: torch.dtype, what: str) -> Ten
             "train with portable scales"
         )
     return stored
+
+
+@functools.lru_cache(maxsize=64)
+def _ordinary(scheme: Scheme, width: int) -> tuple[QTensor, ...]:
+    """Quantized matrices with scales as training leaves them; several, since one scale may be exact by luck."""
+    generator = torch.Generator().manual_seed(0)
+    w = 0.05 * torch.randn(_PROBE_ROWS, width, generator=generator)
+    size = scheme.scale.view(w.shape).scale_shape
+    scales = [0.02 + 0.02 * torch.rand(size, generator=generator) for _ in range(_NUM_PROBES)]
+    return tuple(quantize(w, scheme, scale) for scale in scales)
+
+
+def judge_numbers(
+    scheme: Scheme, shape: tuple[int, int], condition: str, stored: str, pack: Callable[[QTensor], object]
+) -> Judgement:
+    """The verdict where the numbers decide: ``cannot`` if ordinary ones fail, since training would be in vain.
+
+    Args:
+        scheme: of the weight.
+        shape: ``(out_features, in_features)``.
+        condition: what must hold.
+        stored: how it is stored then.
+        pack: raises ValueError for a matrix that is not exact.
+    """
+    for q in _ordinary(scheme, shape[1]):
+        try:
+            pack(q)
+        except ValueError as error:
+            dtype = scheme.scale.dtype
+            return Judgement(verdict="cannot", reason=f"only if {condition}, but with {dtype} scales: {error}")
+    return Judgement(verdict="lossless if", reason=f"{condition} ({stored})")
 
 
 def stored_codes(q: QTensor, fit: Fit) -> Tensor:

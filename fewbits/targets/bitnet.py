@@ -55,7 +55,8 @@ class BitNet:
         integers, divisor = found
         slope = math.gcd(*integers)
         if not {i // slope for i in integers} <= {-1, 0, 1}:
-            return f"the levels {', '.join(f'{x:g}' for x in scheme.grid.levels)} are not ternary; train with W1.58"
+            levels = scheme.grid.levels
+            return f"the {len(levels)} levels {levels[0]:g}..{levels[-1]:g} are not ternary; train with W1.58"
         if scheme.scale.granularity != "per_tensor":
             return "BitNet has one scale for a whole matrix; train with granularity='per_tensor'"
         if shape[0] % _ROWS:

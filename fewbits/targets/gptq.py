@@ -34,6 +34,7 @@ from fewbits.targets.affine import (
     engine_group,
     explain_misfit,
     gather_scale,
+    judge_numbers,
     refuse_scheme,
     spread_scale,
     stored_codes,
@@ -109,14 +110,17 @@ class GPTQ:
         stored = f"{fit.num_bits}-bit codes with {scale}, {where}"
         if always_exact(fit.multiplier, scheme, torch.float16):
             return Judgement(verdict="lossless", reason=stored)
-        return Judgement(
-            verdict="lossless if", reason=f"every {scale.removeprefix('the ')} is an fp16 number ({stored})"
-        )
+        condition = f"every {scale.removeprefix('the ')} is an fp16 number"
+
+        def pack(q: QTensor) -> Tensor:
+            return times(spread_scale(q, group), fit.multiplier, torch.float16, "a weight")
+
+        return judge_numbers(scheme, shape, condition, stored, pack)
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme; the numbers themselves are checked by :meth:`write`."""
-        found = self._find(scheme, shape)
-        return found if isinstance(found, str) else None
+        found = self.judge(scheme, shape)
+        return found.reason if found.verdict == "cannot" else None
 
     def write(self, model: Any, tokenizer: Any | None, folder: Path) -> None:
         """Codes, zeros and scales; all other tensors as they are.

@@ -34,6 +34,7 @@ from fewbits.targets.affine import (
     engine_group,
     explain_misfit,
     gather_scale,
+    judge_numbers,
     refuse_scheme,
     spread_scale,
     stored_codes,
@@ -64,7 +65,7 @@ class MLX:
         >>> MLX().judge(Scheme.parse("W2HA16G64"), (8, 128)).reason
         '2-bit codes, bias -3/2 scale, groups of 64'
         >>> MLX("fp16").judge(Scheme.parse("W2HA16G64", dtype="fp16"), (8, 128)).verdict
-        'lossless if'
+        'cannot'
     """
 
     dtype: Literal["fp32", "fp16"] = "fp32"
@@ -102,12 +103,14 @@ class MLX:
         if all(always_exact(factor, scheme, _DTYPES[self.dtype]) for factor in _factors(fit)):
             return Judgement(verdict="lossless", reason=stored)
         condition = f"every weight is exact when {self.dtype} rounds scale * code and adds the bias"
-        return Judgement(verdict="lossless if", reason=f"{condition} ({stored})")
+        return judge_numbers(
+            scheme, shape, condition, stored, lambda q: _pack("a weight", q, fit, group, _DTYPES[self.dtype])
+        )
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme; the numbers themselves are checked by :meth:`write`."""
-        found = self._find(scheme, shape)
-        return found if isinstance(found, str) else None
+        found = self.judge(scheme, shape)
+        return found.reason if found.verdict == "cannot" else None
 
     def write(self, model: Any, tokenizer: Any | None, folder: Path) -> None:
         """Codes, scales and biases of linear layers and embeddings; all other tensors as they are.
