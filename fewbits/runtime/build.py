@@ -63,7 +63,10 @@ def find_compiler() -> list[str]:
     for name in COMPILERS:
         if found := shutil.which(name):
             return [found]
-    raise BuildError(f"no C compiler found (tried CC, {', '.join(COMPILERS)}); install gcc or clang")
+    raise BuildError(
+        f"no C compiler found (tried CC, {', '.join(COMPILERS)}); install gcc or clang, "
+        "or pip install ziglang and set CC='python -m ziglang cc'"
+    )
 
 
 def build_kernels(directory: Path | None = None) -> Path:

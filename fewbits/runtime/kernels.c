@@ -160,6 +160,7 @@ static void linear_rows(void *arg, int64_t begin, int64_t end) {
 
 static void prepare(job *J, const float *x, int8_t *scratch) {
     const fb_layer *L = J->L;
+    (void)scratch; /* of the vector kernels */
     switch (L->variant) {
 #if FB_X86
     case AVX2: avx2_prepare(J, x, scratch); break;
