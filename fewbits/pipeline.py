@@ -260,8 +260,8 @@ def _start(
             rounded = prepare(copy.deepcopy(model), rules, ignore=recipe.ignore)
             scores["rtn"] = evaluate(rounded, valid, teacher=teacher)
             del rounded
-        options = {"num_blocks": CALIBRATION_BLOCKS} | recipe.init_options
-        apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **{"seed": recipe.seed, **options})
+        options = {"num_blocks": CALIBRATION_BLOCKS, "seed": recipe.seed} | recipe.init_options
+        apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **options)
     if not known:
         scores[recipe.init if plain or recipe.init != "rtn" else "start"] = evaluate(model, valid, teacher=teacher)
         write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))

@@ -18,7 +18,8 @@ from fewbits.export import export_verified
 from fewbits.inspection import inspect_model
 from fewbits.pipeline import load_any, ptq_recipe, read_scores, run
 from fewbits.ptq import METHODS, apply_ptq, check_options, gptq, hessian_of, rtn
-from fewbits.ptq.capture import find_blocks, run_model, to_batches, walk
+from fewbits.ptq.calibration import run_model, to_batches
+from fewbits.ptq.capture import find_blocks, walk
 from fewbits.recipe import InitMethod, Recipe
 from fewbits.report import write_report
 from fewbits.scheme import Scheme
@@ -49,7 +50,7 @@ def test_the_walk_sees_what_a_plain_forward_pass_sees(kind: str) -> None:
     names = linear_names(model)
     assert len(find_blocks(model, names)) == 2
     seen = []
-    for stage in walk(model, names, blocks, batch_size=2, need_targets=True):
+    for stage in walk(model, names, blocks.split(2), need_targets=True):
         seen += stage.layers
         groups = stage.groups()
         assert sorted(name for group in groups for name in group.names) == sorted(stage.layers)
@@ -66,7 +67,7 @@ def test_the_walk_sees_what_a_plain_forward_pass_sees(kind: str) -> None:
 
 def test_groups_share_an_input_and_know_its_norm() -> None:
     model = tiny_llama()
-    stage = next(iter(walk(model, linear_names(model), toy_blocks(2))))
+    stage = next(iter(walk(model, linear_names(model), [toy_blocks(2)])))
     leaves = [tuple(name.rpartition(".")[2] for name in group.names) for group in stage.groups()]
     assert leaves == [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     norms = [group.norm for group in stage.groups()]
@@ -79,7 +80,7 @@ def test_a_block_sees_the_blocks_before_it_quantized_or_not(quantized_prefix: bo
     model, blocks = tiny_llama(), toy_blocks(4)
     original = copy.deepcopy(model)
     names = linear_names(model)
-    stages = walk(model, names, blocks, batch_size=2, quantized_prefix=quantized_prefix, need_targets=True)
+    stages = walk(model, names, blocks.split(2), quantized_prefix=quantized_prefix, need_targets=True)
     first = next(stages)
     for name in first.layers:
         weight = model.get_submodule(name).weight
@@ -184,7 +185,7 @@ class Fork(nn.Module):
 
 def test_a_model_whose_blocks_do_not_chain_is_one_stage() -> None:
     model, x = Fork(), torch.randn(64, 32)
-    stages = list(walk(model, ["blocks.0", "blocks.1", "never"], x))
+    stages = list(walk(model, ["blocks.0", "blocks.1", "never"], [x]))
     assert [stage.name for stage in stages] == [""]
     assert [group.names for group in stages[0].groups()] == [("blocks.0", "blocks.1"), ("never",)]
     before = copy.deepcopy(model)

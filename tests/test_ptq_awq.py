@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from fewbits.convert import Rule, prepare, qat_layers
 from fewbits.nn import QATLayer
 from fewbits.ptq import apply_ptq, awq, clip_scale, gptq, hessian_of, output_error, rtn, scale_factors, search_scale
-from fewbits.ptq.capture import run_model, walk
+from fewbits.ptq.calibration import run_model
+from fewbits.ptq.capture import walk
 from fewbits.ptq.folding import Fold, gain_offset, multiply_columns_, producer_channels
 from fewbits.ptq.plan import weight_of
 from fewbits.ptq.stages import find_fold
@@ -156,7 +157,7 @@ def test_folds_leave_the_function_exactly_as_it_was(kind: str) -> None:
     names = [name for name, _ in qat_layers(prepare(copy.deepcopy(model), Rule(scheme="W2A16")))]
     names = [name for name in names if "layers." in name or ".h." in name]
     folded = []
-    for stage in walk(model, names, blocks):
+    for stage in walk(model, names, [blocks]):
         for group in stage.groups():
             fold = find_fold(stage, group)
             if fold is None:

@@ -12,7 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 from fewbits.checkpoint import load_prepared, save_prepared
 from fewbits.convert import Rule, prepare
 from fewbits.ptq import apply_ptq, rotate_, rotation_matrix
-from fewbits.ptq.capture import run_model
+from fewbits.ptq.calibration import run_model
 from fewbits.ptq.rotate import is_rms_norm
 from fewbits.testing.tiny import TINY_MODELS, tiny_llama, toy_blocks
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from fewbits.ptq._base import PTQResult, hessian_of, output_error
 from fewbits.ptq.apply import METHODS, apply_ptq, check_options, options_of
 from fewbits.ptq.awq import ScaleSearch, awq, scale_factors, search_scale
+from fewbits.ptq.block_ap import block_ap
 from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.rotate import rotation_matrix
 from fewbits.ptq.rtn import rtn
+from fewbits.ptq.signround import signround
 from fewbits.ptq.stream import rotate_
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "ScaleSearch",
     "apply_ptq",
     "awq",
+    "block_ap",
     "check_options",
     "clip_scale",
     "gptq",
@@ -32,4 +35,5 @@ __all__ = [
     "rtn",
     "scale_factors",
     "search_scale",
+    "signround",
 ]

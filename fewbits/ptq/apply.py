@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 
 from fewbits.convert import Rule
-from fewbits.ptq.capture import Blocks, walk
+from fewbits.ptq.blockwise import block_ap_stage, signround_stage, train_scales
+from fewbits.ptq.calibration import Blocks, Calibration, to_batches
+from fewbits.ptq.capture import walk
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.plan import Plan, choose
 from fewbits.ptq.rtn import rtn
@@ -24,46 +26,71 @@ class Method:
     """How a method is run on a model.
 
     Attributes:
-        stage: quantizes all layers of a stage that has data; takes the method's options.
-        data_free: quantizes one weight without data: always, or (for embeddings) where a calibrated method has none.
-        options_from: the functions whose keyword arguments are the method's options.
+        stage: quantizes all layers of a stage that has data; None if no stage needs any.
+        data_free: quantizes one weight without data, where the stage has none (embeddings; everything without
+            ``stage``).
+        after: goes on with the whole quantized model.
+        functions: whose keyword arguments are the method's options.
         needs_data: whether calibration data must be given.
-        layerwise: whether layers of a block are quantized one after the other.
+        needs_targets: whether a stage is compared with what it gave in full precision.
+        layerwise: whether the layers of a block are quantized one after the other.
     """
 
     stage: Callable[..., None] | None = None
     data_free: LayerMethod = rtn
-    options_from: tuple[Callable[..., Any], ...] = ()
+    after: Callable[..., None] | None = None
+    functions: tuple[Callable[..., Any], ...] = ()
     needs_data: bool = True
+    needs_targets: bool = False
     layerwise: bool = False
 
 
 _METHODS: dict[str, Method] = {
     "rtn": Method(needs_data=False),
-    "gptq": Method(stage=partial(each_layer, method=gptq), options_from=(gptq,), layerwise=True),
-    "awq": Method(stage=awq_stage, options_from=(awq_stage,)),
+    "gptq": Method(stage=partial(each_layer, method=gptq), functions=(gptq,), layerwise=True),
+    "awq": Method(stage=awq_stage, functions=(awq_stage,)),
+    "signround": Method(stage=signround_stage, functions=(signround_stage,), needs_targets=True),
+    "block_ap": Method(
+        stage=block_ap_stage, after=train_scales, functions=(block_ap_stage, train_scales), needs_targets=True
+    ),
 }
 METHODS: tuple[str, ...] = tuple(_METHODS)
 """Every method that :func:`apply_ptq` knows."""
-WALK_OPTIONS = ("num_blocks", "batch_size", "quantized_prefix", "sequential", "rotate", "seed")
-"""Options of :func:`apply_ptq` itself, which go with every method."""
-_NOT_OPTIONS = {"w", "scheme", "hessian", "inputs", "scale", "plan", "stage", "method"}
+_NOT_OPTIONS = {"w", "scheme", "hessian", "inputs", "scale", "plan", "stage", "data", "method", "seed"}
 
 
 def options_of(method: str) -> tuple[str, ...]:
-    """Names of the options of a method.
+    """Names of the options that a method takes in :func:`apply_ptq`, those of the walk included.
 
     Raises:
         ValueError: for an unknown method.
 
     Example:
-        >>> options_of("gptq")
-        ('damping', 'act_order', 'static_groups', 'block_size')
+        >>> options_of("awq")
+        ('num_ratios', 'clip', 'num_blocks', 'batch_size', 'quantized_prefix', 'rotate', 'seed')
     """
-    if method not in METHODS:
+    if method not in _METHODS:
         raise ValueError(f"unknown PTQ method {method!r}; use one of {', '.join(METHODS)}")
-    names = [k for function in _METHODS[method].options_from for k in inspect.signature(function).parameters]
-    return tuple(dict.fromkeys(k for k in names if k not in _NOT_OPTIONS))
+    how = _METHODS[method]
+    names = [name for function in how.functions for name in _keywords(function) if name not in _NOT_OPTIONS]
+    if how.stage is not None or how.after is not None:
+        names += ["num_blocks", "batch_size"]
+    if how.stage is not None:
+        names += ["quantized_prefix"]
+    if how.layerwise:
+        names += ["sequential"]
+    return tuple(dict.fromkeys([*names, "rotate", "seed"]))
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _for(function: Callable[..., Any], options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The options that one function takes, and the seed if it draws."""
+    names = _keywords(function)
+    taken = {key: value for key, value in options.items() if key in names}
+    return taken | ({"seed": seed} if "seed" in names else {})
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
@@ -72,7 +99,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: for an unknown method or option, with the known ones.
     """
-    known = (*options_of(method), *WALK_OPTIONS)
+    known = options_of(method)
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(f"method {method!r} has no option {unknown[0]!r}; it takes {', '.join(known)}")
 
@@ -87,7 +114,7 @@ def apply_ptq(
     num_blocks: int | None = None,
     batch_size: int = 8,
     quantized_prefix: bool = True,
-    sequential: bool = True,
+    sequential: bool | None = None,
     rotate: bool = False,
     seed: int = 0,
     **options: Any,
@@ -110,7 +137,8 @@ def apply_ptq(
         batch_size: blocks in one forward pass.
         quantized_prefix: whether a transformer block sees the outputs of the quantized blocks before it, or those of
             the full-precision ones.
-        sequential: the same inside a block: whether a layer sees the quantized layers before it in its block.
+        sequential: the same inside a block, for methods that go layer by layer: whether a layer sees the quantized
+            layers before it in its block (the default).
         rotate: fold a random rotation of the residual stream into the weights first, see
             :func:`~fewbits.ptq.stream.rotate_`.
         seed: of the rotation, and of methods that draw.
@@ -129,7 +157,7 @@ def apply_ptq(
         >>> type(model[0]).__name__
         'QATLinear'
     """
-    check_options(method, options)
+    check_options(method, options if sequential is None else {**options, "sequential": sequential})
     rules = [rules] if isinstance(rules, Rule) else list(rules)
     if not rules:
         raise ValueError("no rules: nothing to quantize; pass at least one Rule")
@@ -143,18 +171,25 @@ def apply_ptq(
     model.eval()
     try:
         plan = Plan(model, chosen)
-        common: dict[str, Any] = {
-            "num_blocks": num_blocks,
-            "batch_size": batch_size,
-            "quantized_prefix": quantized_prefix,
-        }
-        for stage in walk(model, plan.owners, blocks if how.stage else None, **common):
+        batches = []
+        if blocks is not None and (how.stage is not None or how.after is not None):
+            batches = to_batches(blocks, batch_size, num_blocks, next(iter(model.parameters())).device)
+        data = None if how.after is None else Calibration.of(model, batches)
+        stages = walk(
+            model,
+            plan.owners,
+            batches if how.stage is not None else [],
+            quantized_prefix=quantized_prefix,
+            need_targets=how.needs_targets,
+        )
+        extra = {"sequential": sequential is not False} if how.layerwise else {}
+        for stage in stages:
             if stage.data_free or how.stage is None:
-                without_data(plan, stage, how.data_free, **({} if how.stage else options))
-            elif how.layerwise:
-                how.stage(plan, stage, sequential=sequential, **options)
+                without_data(plan, stage, how.data_free, **_for(how.data_free, options, seed))
             else:
-                how.stage(plan, stage, **options)
+                how.stage(plan, stage, **_for(how.functions[0], options, seed), **extra)
+        if how.after is not None:
+            how.after(plan, data, **_for(how.after, options, seed))
         plan.finish_()
     finally:
         for name, module in model.named_modules():

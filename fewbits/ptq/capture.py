@@ -10,29 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-
-class BlockSource(Protocol):
-    """A dataset of token blocks, such as :class:`fewbits.data.TokenBlocks`."""
-
-    def __len__(self) -> int:
-        """Number of blocks."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """A tensor, or a dict with ``input_ids``."""
-        ...
-
-
-Blocks = Tensor | BlockSource
-"""Calibration data: token blocks ``(n, length)``, a dataset of ``{"input_ids"}``, or float inputs of a plain module."""
+from fewbits.ptq.calibration import first_output, run_model
 
 
 class _Enough(Exception):
@@ -222,35 +207,6 @@ def is_norm(module: nn.Module) -> bool:
     return "weight" in own and all(p.ndim == 1 for p in own.values()) and not list(module.children())
 
 
-def to_batches(blocks: Blocks, batch_size: int, num_blocks: int | None, device: torch.device) -> list[Tensor]:
-    """Calibration data in batches on the model's device; ``num_blocks`` of them, spread evenly over all.
-
-    Raises:
-        ValueError: if there is none, or a number is not positive.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if num_blocks is not None and num_blocks < 1:
-        raise ValueError(f"num_blocks={num_blocks} must be at least 1")
-    if len(blocks) == 0:
-        raise ValueError("there is no calibration data; pass at least one token block")
-    count = len(blocks) if num_blocks is None else min(num_blocks, len(blocks))
-    rows = [blocks[int(i)] for i in torch.linspace(0, len(blocks) - 1, count, dtype=torch.float64).round()]
-    rows = [row["input_ids"] if isinstance(row, dict) else torch.as_tensor(row) for row in rows]
-    return [part.to(device) for part in torch.stack(rows).split(batch_size)]
-
-
-def run_model(model: nn.Module, batch: Tensor) -> Tensor:
-    """Logits of a Transformers model, or the output of a plain module."""
-    if isinstance(model, PreTrainedModel):
-        return model(input_ids=batch, use_cache=False).logits
-    return _first(model(batch))
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Names of the transformer blocks: the entries of the module list that holds the most of the layers."""
     layers = list(layers)
@@ -276,7 +232,7 @@ class _Call:
     def run(self, model: nn.Module, block: str, hidden: Tensor) -> Tensor:
         """What a block gives on another input, with the same other arguments."""
         args, kwargs = self.rest[block]
-        return _first(model.get_submodule(block)(hidden, *args, **kwargs))
+        return first_output(model.get_submodule(block)(hidden, *args, **kwargs))
 
 
 @torch.no_grad()
@@ -296,7 +252,7 @@ def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor) -> _Call | N
         return hook
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(_first(output))
+        outputs.append(first_output(output))
 
     handles = [model.get_submodule(n).register_forward_pre_hook(before(n), with_kwargs=True) for n in blocks]
     handles += [model.get_submodule(n).register_forward_hook(after) for n in blocks]
@@ -311,10 +267,8 @@ def _record(model: nn.Module, blocks: Sequence[str], batch: Tensor) -> _Call | N
 def walk(
     model: nn.Module,
     layers: Sequence[str],
-    blocks: Blocks | None,
+    batches: Sequence[Tensor],
     *,
-    batch_size: int = 8,
-    num_blocks: int | None = None,
     quantized_prefix: bool = True,
     need_targets: bool = False,
 ) -> Iterator[Stage]:
@@ -323,20 +277,14 @@ def walk(
     Args:
         model: in evaluation mode.
         layers: full names of the chosen layers.
-        blocks: calibration data, see :data:`Blocks`; None for methods without data (the whole model is one stage then,
-            without inputs).
-        batch_size: token blocks in one forward pass.
-        num_blocks: use only so many of the blocks, spread evenly over all; None for all.
+        batches: calibration data, see :func:`~fewbits.ptq.calibration.to_batches`; without any the whole model is one
+            stage that knows no inputs.
         quantized_prefix: whether a stage sees what the stages before it give now, or what they gave at the start.
         need_targets: whether :attr:`Stage.targets` is wanted; costs one more forward pass.
-
-    Raises:
-        ValueError: if there is no data where data is needed.
     """
-    if blocks is None:
+    if not batches:
         yield Stage(model, "", tuple(layers), 0, _no_data, data_free=True)
         return
-    batches = to_batches(blocks, batch_size, num_blocks, next(iter(model.parameters())).device)
     tables = tuple(name for name in layers if isinstance(model.get_submodule(name), nn.Embedding))
     names = find_blocks(model, layers)
     calls = [_record(model, names, batch) for batch in batches] if names else []

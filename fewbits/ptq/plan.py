@@ -68,10 +68,31 @@ class Plan:
         new.setup_(result.qtensor.scheme, rule.surrogate, scale=result.scale, drive=rule.drive)
         new.train(module.training)
         replace_module_(self.model, name, new)
-        held = new.qtensor()
-        assert torch.equal(held.codes, result.qtensor.codes), f"{name} does not hold the codes of its method"
-        assert torch.equal(held.scale, result.qtensor.scale), f"{name} does not hold the scales of its method"
+        _check(name, new, result)
         return new
+
+    @torch.no_grad()
+    def update_(self, name: str, result: PTQResult) -> None:
+        """Give a layer that is prepared already another result of the same scheme."""
+        layer = self.layer(name)
+        layer.latent().copy_(result.latent)
+        assert layer.weight_scale is not None
+        layer.weight_scale.copy_(result.scale)
+        _check(name, layer, result)
+
+    def layer(self, name: str) -> QATLayer:
+        """A layer that is prepared already."""
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, QATLayer)
+        return layer
+
+    @torch.no_grad()
+    def result(self, name: str) -> PTQResult:
+        """What a prepared layer holds."""
+        layer = self.layer(name)
+        return PTQResult(
+            qtensor=layer.qtensor(), scale=layer.raw_scale().detach().clone(), latent=layer.latent().detach().clone()
+        )
 
     def finish_(self) -> None:
         """Layers whose weight is tied to a quantized one use it."""
@@ -82,6 +103,12 @@ class Plan:
             new.setup_(owner.scheme, owner.surrogate, owner)
             new.train(module.training)
             replace_module_(self.model, name, new)
+
+
+def _check(name: str, layer: QATLayer, result: PTQResult) -> None:
+    held = layer.qtensor()
+    assert torch.equal(held.codes, result.qtensor.codes), f"{name} does not hold the codes of its method"
+    assert torch.equal(held.scale, result.qtensor.scale), f"{name} does not hold the scales of its method"
 
 
 @contextmanager

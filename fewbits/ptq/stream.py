@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fewbits.ptq.capture import is_norm, is_same, recording, run_model
+from fewbits.ptq.calibration import run_model
+from fewbits.ptq.capture import is_norm, is_same, recording
 from fewbits.ptq.rotate import Stream, rotate_stream_
 
 _INVARIANT = {torch.float64: 1e-5, torch.float32: 1e-3}
