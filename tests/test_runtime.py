@@ -40,7 +40,7 @@ from fewbits.runtime import (
 from fewbits.runtime import build as build_module
 from fewbits.runtime.activations import dequantize_activations, quantize_activations
 from fewbits.runtime.build import BuildError, build_kernels, load_kernels, open_kernels
-from fewbits.runtime.packed import MAX_KERNEL_TOKENS
+from fewbits.runtime.packed import MAX_KERNEL_TOKENS, NO_VECTORS
 from fewbits.scheme import Scheme
 
 GRIDS: list[AnyGrid] = [
@@ -311,7 +311,7 @@ def test_ternary_is_decoded_from_trits_of_every_width():
 
 def test_choice_of_kernel():
     best = kernels()[-1]
-    assert choose_kernel(Int(2), 64) == (best, "")
+    assert choose_kernel(Int(2), 64) == (best, NO_VECTORS if best == "portable" else "")
     assert choose_kernel(Int(2), None, "torch") == ("torch", "asked for")
     if best == "portable":
         return
@@ -330,7 +330,7 @@ def test_a_cpu_without_vector_instructions(monkeypatch):
             return int(variant == 0)
 
     monkeypatch.setattr("fewbits.runtime.packed.load_kernels", lambda: Old)
-    assert choose_kernel(Int(2), 64) == ("portable", "no AVX2 and FMA on this CPU")
+    assert choose_kernel(Int(2), 64) == ("portable", NO_VECTORS)
     with pytest.raises(ValueError, match="this CPU does not support it"):
         choose_kernel(Int(2), 64, "avx2")
 

@@ -11,7 +11,7 @@ from torch import nn
 from fewbits.convert import quantized_layers
 from fewbits.nn import QuantizedEmbedding, QuantizedLinear
 from fewbits.runtime.linear import RuntimeEmbedding, RuntimeLayer, RuntimeLinear
-from fewbits.runtime.packed import Activations, KernelName, PackedWeight
+from fewbits.runtime.packed import NO_VECTORS, Activations, KernelName, PackedWeight
 
 
 def to_runtime(
@@ -66,7 +66,8 @@ def to_runtime(
     for name, fast in new.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fast)
-    slow = Counter(fast.packed.reason for fast in new.values() if fast.packed.kernel == "portable")
+    plain = [fast.packed.reason for fast in new.values() if fast.packed.kernel == "portable"]
+    slow = Counter(reason for reason in plain if NO_VECTORS not in reason)  # layers that this CPU could run faster
     if slow and kernel == "auto":
         reasons = "; ".join(f"{count} of {len(new)} layers: {reason}" for reason, count in slow.items())
         warnings.warn(f"some layers run in plain C: {reasons}", stacklevel=2)

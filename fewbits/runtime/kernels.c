@@ -18,6 +18,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 9)
 #define FB_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #else
 #define FB_X86 0
@@ -134,15 +135,20 @@ INLINE void quantize_token(const float *x, int64_t width, int64_t group, int8_t 
 
 int fb_abi(void) { return (int)sizeof(fb_layer); }
 
-/* 1 where the CPU (and this build) can run the variant. */
+/* 1 where the CPU, the operating system and this build can run the variant. CPUID is read here because the runtime
+ * of some compilers (zig cc) answers __builtin_cpu_supports with no. */
 int fb_supports(int variant) {
 #if FB_X86
-    __builtin_cpu_init();
-    if (variant == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (variant == AVX512)
-        return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") &&
-               __builtin_cpu_supports("avx512vnni");
+    unsigned a, b, c, d, saved, high;
+    if (variant == AVX2 || variant == AVX512) {
+        const unsigned fma_osxsave = 1u << 12 | 1u << 27, avx2 = 1u << 5;
+        const unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vbmi_vnni = 1u << 1 | 1u << 11;
+        if (!__get_cpuid(1, &a, &b, &c, &d) || (c & fma_osxsave) != fma_osxsave) return 0;
+        __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0)); /* registers that the system saves */
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & avx2) || (saved & 0x06) != 0x06) return 0;
+        if (variant == AVX2) return 1;
+        return (b & f_dq_bw_vl) == f_dq_bw_vl && (c & vbmi_vnni) == vbmi_vnni && (saved & 0xe6) == 0xe6;
+    }
 #endif
     return variant == PORTABLE;
 }

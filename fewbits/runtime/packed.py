@@ -30,6 +30,7 @@ _SCALE_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _READABLE = 64  # bytes behind the codes that a kernel may read, all zero
 MAX_KERNEL_TOKENS = {"avx512": 64, "avx2": 64, "portable": 4}
 """Up to here fp32 activations go through the kernel; more tokens dequantize tiles of rows for a dense product."""
+NO_VECTORS = "no AVX2 and FMA on this CPU"
 _INT8_TOKENS = 64  # of one call: bounds its working memory
 _TILE_FLOATS = 2**19  # 2 MB: a tile of dequantized rows stays in the cache
 
@@ -77,7 +78,7 @@ def choose_kernel(grid: AnyGrid, group_size: int | None, requested: KernelName =
         if not reason and requested in (name, "auto") and library.fb_supports(_VARIANTS[name]):
             return name, ""
     if requested in ("auto", "portable"):
-        return "portable", reason or ("asked for" if requested == "portable" else "no AVX2 and FMA on this CPU")
+        return "portable", reason or ("asked for" if requested == "portable" else NO_VECTORS)
     raise ValueError(f"kernel={requested!r} cannot be used: {reason or 'this CPU does not support it'}; use 'auto'")
 
 
