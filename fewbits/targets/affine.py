@@ -30,7 +30,7 @@ from fewbits.scheme import Scheme
 from fewbits.targets.gguf_plan import SIGNIFICANT_BITS, Verdict, integer_levels
 
 Zero = Literal["middle", "int", "float"]
-_PROBE_ROWS, _NUM_PROBES = 4, 8
+_PROBE_ROWS, _NUM_PROBES = 4, 48
 _SIGNIFICAND = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}
 
 
@@ -38,11 +38,13 @@ _SIGNIFICAND = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24}
 class Judgement:
     """Whether a format holds a scheme: ``lossless``, ``lossless if`` (the numbers decide, at export) or ``cannot``.
 
-    ``reason`` says how it is stored, what must hold, or which condition fails and what to do.
+    ``reason`` says how it is stored, what must hold, or which condition fails and what to do; ``stored`` says how it is
+    stored where ``reason`` does not.
     """
 
     verdict: Verdict
     reason: str
+    stored: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +221,7 @@ def judge_numbers(
         except ValueError as error:
             dtype = scheme.scale.dtype
             return Judgement(verdict="cannot", reason=f"only if {condition}, but with {dtype} scales: {error}")
-    return Judgement(verdict="lossless if", reason=f"{condition} ({stored})")
+    return Judgement(verdict="lossless if", reason=condition, stored=stored)
 
 
 def stored_codes(q: QTensor, fit: Fit) -> Tensor:

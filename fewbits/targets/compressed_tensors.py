@@ -107,7 +107,7 @@ class CompressedTensors:
         if all(always_exact(fit.multiplier, scheme, dtype) for dtype in (torch.float16, torch.bfloat16)):
             return Judgement(verdict="lossless", reason=stored)
         condition = "the model is float32, or its dtype holds every scale"
-        return Judgement(verdict="lossless if", reason=f"{condition} ({stored})")
+        return Judgement(verdict="lossless if", reason=condition, stored=stored)
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme; scales and the model's dtype are checked by :meth:`write`."""
