@@ -204,6 +204,35 @@ def inspect(
     out.print(inspect_model(loaded, rules).to_text())
 
 
+@app.command(epilog="Examples: `fewbits targets` · `fewbits targets gguf:tq2_0 --markdown`")
+def targets(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these targets.")] = None,
+    markdown: Annotated[bool, typer.Option(help="A Markdown table with numbered conditions.")] = False,
+    scale_dtype: Annotated[str, typer.Option(help="portable, fp16, bf16 or fp32.")] = "portable",
+) -> None:
+    """Which grid which engine format holds: lossless, lossless if .., cannot; asked of the code that checks exports."""
+    from fewbits.numerics import SCALE_DTYPES
+    from fewbits.targets import get_target
+    from fewbits.targets.matrix import matrix_markdown, target_matrix
+
+    if scale_dtype not in SCALE_DTYPES:
+        raise ValueError(f"scale dtype {scale_dtype!r} is unknown; use one of {', '.join(SCALE_DTYPES)}")
+    chosen = [get_target(name) for name in names] if names else None
+    matrix = target_matrix(chosen, scale_dtype=scale_dtype)  # type: ignore[arg-type]
+    if markdown:
+        typer.echo(matrix_markdown(matrix))
+        return
+    if names:
+        for name, row in matrix.items():
+            for grid, cell in row.items():
+                out.print(escape(f"{name}  {grid}  {cell.text}"))
+        return
+    grids = list(next(iter(matrix.values())))
+    word = {"lossless": "yes", "lossless if": "if", "cannot": "no"}
+    rows = [[name, *(word[row[g].verdict] for g in grids)] for name, row in matrix.items()]
+    out.print(_table(["target", *grids], rows, title="lossless: yes, if (name the target for the condition), no"))
+
+
 @app.command(epilog="Example: `fewbits report runs/a`")
 def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.", metavar="RUN")]) -> None:
     """Write report.html of a run: scores, loss, gain, flips, histograms, exports."""

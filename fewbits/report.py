@@ -19,7 +19,8 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,.text td,.text th{text-align:left}svg{max-width:100%;height:auto}
-pre{background:#f5f5f5;padding:1rem;overflow:auto}blockquote{border-left:4px solid #1b6ca8;margin:1rem 0;padding:.2rem 1rem;background:#f3f8fc}
+pre{background:#f5f5f5;padding:1rem;overflow:auto}
+blockquote{border-left:4px solid #1b6ca8;margin:1rem 0;padding:.2rem 1rem;background:#f3f8fc}
 figcaption{color:#555;font-size:.9rem}
 """
 

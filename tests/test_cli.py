@@ -79,6 +79,14 @@ def test_eval_inspect_and_generate(finished: Path) -> None:
     assert "no chat template" in call("chat", finished / "run").output
 
 
+def test_the_map_of_grids_and_targets() -> None:
+    result = call("targets", "hf", "gguf:q2_0", "--markdown")
+    assert result.exit_code == 0, result.output
+    assert "gguf:q2_0" in result.output
+    assert "lossless" in call("targets", "hf").output
+    assert "unknown target 'gguff'" in call("targets", "gguff").output
+
+
 def test_recipes_are_listed_and_printed() -> None:
     assert "demo-jacquant" in call("recipes").output
     assert "rules:" in call("recipes", "demo-jacquant").output
