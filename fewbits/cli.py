@@ -66,7 +66,8 @@ def _common(
 def _table(header: tuple[str, ...] | list[str], rows: list[list[str]], title: str | None = None) -> Table:
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        width = max(len(row[i]) for row in rows) if i == 0 and rows else None
+        table.add_column(name, justify="left" if i == 0 else "right", min_width=width)
     for row in rows:
         table.add_row(*map(escape, row))
     return table
