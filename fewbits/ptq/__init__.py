@@ -7,6 +7,7 @@ pure tensors; :func:`apply_ptq` walks a model with it and leaves a prepared one.
 from __future__ import annotations
 
 from fewbits.ptq._base import PTQResult, hessian_of, output_error
+from fewbits.ptq.adaround import adaround
 from fewbits.ptq.apply import METHODS, apply_ptq, check_options, options_of
 from fewbits.ptq.awq import ScaleSearch, awq, scale_factors, search_scale
 from fewbits.ptq.block_ap import block_ap
@@ -21,6 +22,7 @@ __all__ = [
     "METHODS",
     "PTQResult",
     "ScaleSearch",
+    "adaround",
     "apply_ptq",
     "awq",
     "block_ap",

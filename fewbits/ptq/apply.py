@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fewbits.convert import Rule
+from fewbits.ptq.adaround import adaround
 from fewbits.ptq.blockwise import block_ap_stage, signround_stage, train_scales
 from fewbits.ptq.calibration import Blocks, Calibration, to_batches
 from fewbits.ptq.capture import walk
@@ -48,6 +49,7 @@ class Method:
 _METHODS: dict[str, Method] = {
     "rtn": Method(needs_data=False),
     "gptq": Method(stage=partial(each_layer, method=gptq), functions=(gptq,), layerwise=True),
+    "adaround": Method(stage=partial(each_layer, method=adaround), functions=(adaround,), layerwise=True),
     "awq": Method(stage=awq_stage, functions=(awq_stage,)),
     "signround": Method(stage=signround_stage, functions=(signround_stage,), needs_targets=True),
     "block_ap": Method(
