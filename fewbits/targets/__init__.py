@@ -15,6 +15,7 @@ from fewbits.targets.gptq import GPTQ
 from fewbits.targets.hf import HF
 from fewbits.targets.mlx import MLX
 from fewbits.targets.onnx import ONNX
+from fewbits.targets.torchao import TorchAO
 
 _ALL: tuple[Target, ...] = (
     HF(),
@@ -32,6 +33,7 @@ _ALL: tuple[Target, ...] = (
     ONNX(num_bits=4),
     GenAI(),
     BitNet(),
+    TorchAO(),
     GGUF(),
     *(GGUF(kind) for kind in GGUF_TYPES),
 )
