@@ -13,6 +13,7 @@ from fewbits.ptq.awq import ScaleSearch, awq, scale_factors, search_scale
 from fewbits.ptq.block_ap import block_ap
 from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
+from fewbits.ptq.hqq import hqq, shrink
 from fewbits.ptq.rotate import rotation_matrix
 from fewbits.ptq.rtn import rtn
 from fewbits.ptq.signround import signround
@@ -30,6 +31,7 @@ __all__ = [
     "clip_scale",
     "gptq",
     "hessian_of",
+    "hqq",
     "options_of",
     "output_error",
     "rotate_",
@@ -37,5 +39,6 @@ __all__ = [
     "rtn",
     "scale_factors",
     "search_scale",
+    "shrink",
     "signround",
 ]

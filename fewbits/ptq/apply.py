@@ -16,6 +16,7 @@ from fewbits.ptq.blockwise import block_ap_stage, signround_stage, train_scales
 from fewbits.ptq.calibration import Blocks, Calibration, to_batches
 from fewbits.ptq.capture import walk
 from fewbits.ptq.gptq import gptq
+from fewbits.ptq.hqq import hqq
 from fewbits.ptq.plan import Plan, choose
 from fewbits.ptq.rtn import rtn
 from fewbits.ptq.stages import LayerMethod, awq_stage, each_layer, without_data
@@ -51,6 +52,7 @@ _METHODS: dict[str, Method] = {
     "gptq": Method(stage=partial(each_layer, method=gptq), functions=(gptq,), layerwise=True),
     "adaround": Method(stage=partial(each_layer, method=adaround), functions=(adaround,), layerwise=True),
     "awq": Method(stage=awq_stage, functions=(awq_stage,)),
+    "hqq": Method(data_free=hqq, functions=(hqq,), needs_data=False),
     "signround": Method(stage=signround_stage, functions=(signround_stage,), needs_targets=True),
     "block_ap": Method(
         stage=block_ap_stage, after=train_scales, functions=(block_ap_stage, train_scales), needs_targets=True
