@@ -228,20 +228,16 @@ typedef struct {
 
 static void tile_rows(void *arg, int64_t begin, int64_t end) {
     const tile *T = arg;
-    for (int64_t i = begin; i < end; i++) {
-        float *out = T->out + i * T->padded;
-        if (T->ids) {
-            portable_dequantize(T->L, T->ids[i], out);
-            continue;
-        }
-        switch (T->L->variant) {
 #if FB_X86
-        case AVX2: avx2_dequantize(T->L, T->begin + i, out); break;
-        case AVX512: avx512_dequantize(T->L, T->begin + i, out); break;
-#endif
-        default: portable_dequantize(T->L, T->begin + i, out);
+    if (!T->ids && T->L->variant != PORTABLE) {
+        for (int64_t i = begin; i < end; i++) {
+            if (T->L->variant == AVX2) avx2_dequantize(T->L, T->begin + i, T->out + i * T->padded);
+            else avx512_dequantize(T->L, T->begin + i, T->out + i * T->padded);
         }
+        return;
     }
+#endif
+    portable_dequantize(T->L, T->ids, T->begin, begin, end, T->padded, T->out);
 }
 
 /* Rows of the weight, fp32(scale) * level: rows begin .. begin + count, columns in the order of fb_permute. */
