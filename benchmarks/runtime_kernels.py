@@ -143,6 +143,8 @@ def onnxruntime_cases(args: argparse.Namespace, x: torch.Tensor) -> list[Case]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
         options.log_severity_level = 3
+        # the threads of dozens of sessions must not spin while another case is timed
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if lut:
             options.add_session_config_entry("mlas.use_lut_gemm", "1")
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
