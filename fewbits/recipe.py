@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewbits.convert import Rule
 from fewbits.objectives import Objective
 
-InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "signround", "block_ap"]
+InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "lapq", "signround", "block_ap"]
 """Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
 
 

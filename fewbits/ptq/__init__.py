@@ -14,6 +14,7 @@ from fewbits.ptq.block_ap import block_ap
 from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.hqq import hqq, shrink
+from fewbits.ptq.lapq import LapqTrace, lapq, lp_scale, powell, quadratic_vertex, search_scales
 from fewbits.ptq.rotate import rotation_matrix
 from fewbits.ptq.rtn import rtn
 from fewbits.ptq.signround import signround
@@ -21,6 +22,7 @@ from fewbits.ptq.stream import rotate_
 
 __all__ = [
     "METHODS",
+    "LapqTrace",
     "PTQResult",
     "ScaleSearch",
     "adaround",
@@ -32,13 +34,18 @@ __all__ = [
     "gptq",
     "hessian_of",
     "hqq",
+    "lapq",
+    "lp_scale",
     "options_of",
     "output_error",
+    "powell",
+    "quadratic_vertex",
     "rotate_",
     "rotation_matrix",
     "rtn",
     "scale_factors",
     "search_scale",
+    "search_scales",
     "shrink",
     "signround",
 ]

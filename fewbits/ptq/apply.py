@@ -19,7 +19,7 @@ from fewbits.ptq.gptq import gptq
 from fewbits.ptq.hqq import hqq
 from fewbits.ptq.plan import Plan, choose
 from fewbits.ptq.rtn import rtn
-from fewbits.ptq.stages import LayerMethod, awq_stage, each_layer, without_data
+from fewbits.ptq.stages import LayerMethod, awq_stage, each_layer, lapq_model, without_data
 from fewbits.ptq.stream import rotate_
 
 
@@ -53,6 +53,7 @@ _METHODS: dict[str, Method] = {
     "adaround": Method(stage=partial(each_layer, method=adaround), functions=(adaround,), layerwise=True),
     "awq": Method(stage=awq_stage, functions=(awq_stage,)),
     "hqq": Method(data_free=hqq, functions=(hqq,), needs_data=False),
+    "lapq": Method(after=lapq_model, functions=(lapq_model,)),
     "signround": Method(stage=signround_stage, functions=(signround_stage,), needs_targets=True),
     "block_ap": Method(
         stage=block_ap_stage, after=train_scales, functions=(block_ap_stage, train_scales), needs_targets=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.nn import QATLayer
 from fewbits.ptq._base import PTQResult
 from fewbits.ptq.awq import awq, search_scale
+from fewbits.ptq.calibration import Calibration
 from fewbits.ptq.capture import Group, Moments, Stage
 from fewbits.ptq.folding import PRODUCERS, Fold, multiply_columns_
+from fewbits.ptq.lapq import search_scales
 from fewbits.ptq.plan import Plan, naming, weight_of
 
 LayerMethod = Callable[..., PTQResult]
@@ -101,3 +103,30 @@ def find_fold(stage: Stage, group: Group) -> Fold | None:
         return None
     head_dim = getattr(stage.module(parent), "head_dim", None)
     return Fold.of_rows(producer, width, head_dim if isinstance(head_dim, int) else None)
+
+
+def lapq_model(
+    plan: Plan, data: Calibration, *, num_p: int = 10, iterations: int = 1, max_multiplier: float = 1.5
+) -> None:
+    """LAPQ of all layers together, by the loss of the model."""
+    layers = {name: plan.layer(name) for name in plan.owners}
+
+    @torch.no_grad()
+    def set_(scales: Sequence[Tensor]) -> None:
+        for layer, scale in zip(layers.values(), scales, strict=True):
+            assert layer.weight_scale is not None
+            layer.weight_scale.copy_(scale)
+
+    def loss(scales: Sequence[Tensor]) -> float:
+        set_(scales)
+        return data.mean_loss()
+
+    scales, _ = search_scales(
+        [layer.scheme.rotation.apply(layer.latent().detach().float()) for layer in layers.values()],
+        [layer.scheme for layer in layers.values()],
+        loss,
+        num_p=num_p,
+        iterations=iterations,
+        max_multiplier=max_multiplier,
+    )
+    set_(scales)
