@@ -81,6 +81,13 @@ def test_transformers_computes_the_trained_logits_bit_for_bit(tmp_path: Path, ke
     assert report.logits.bitwise_equal
 
 
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3", "gemma", "gemma3"])
+def test_other_architectures(tmp_path: Path, kind: str) -> None:
+    model = trained(SCHEMES["W2H group 32"], kind)
+    report = verify(model, exported(model, CT, tmp_path / "ct"))
+    assert report.passed, report.to_text()
+
+
 def test_groups_of_128_ragged_groups_and_a_converted_model(tmp_path: Path) -> None:
     model = trained(scheme("W3HA16G128"), "wide")
     folder = exported(model, CT, tmp_path / "a")
