@@ -192,6 +192,8 @@ def _compare_logits(
 ) -> tuple[list[Difference], list[str], LogitsComparison | None, LogitsComparison | None]:
     try:
         loaded: Any = target.load(folder, model)
+    except ImportError as error:  # the file may be right; only the engine to ask is not here
+        return [], [f"logits were not compared: {error}"], None, None
     except Exception as error:  # a damaged folder can make any library raise anything, and the verdict is the same
         return [Difference(where="loading", what=f"the export does not load: {str(error)[:400]}")], [], None, None
     if loaded is None:

@@ -436,3 +436,25 @@ def test_double_quantized_scales_are_compared_part_by_part(tmp_path: Path) -> No
     change_tensor(folder, change)
     rows = [row.what for row in verify(model, folder).differences if row.where == NAME]
     assert rows == ["scales differ", "scale multipliers differ"]
+
+
+def test_a_missing_engine_is_a_note_and_codes_still_count(
+    model: Any, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewbits.targets import get_target
+
+    target = type(get_target(read_json(copy / "fewbits_export.json")["target"]))
+
+    def missing(self: Any, folder: Path, like: Any) -> Any:
+        raise ImportError("this needs the package engine; run: pip install engine")
+
+    monkeypatch.setattr(target, "load", missing)
+    report = verify(model, copy)
+    assert report.passed, report.to_text()
+    assert report.logits is None
+    assert "pip install engine" in report.to_text()
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert not verify(model, copy).passed
