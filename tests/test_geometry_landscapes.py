@@ -31,7 +31,7 @@ from fewbits.geometry import (
     top_eigenpairs,
     width,
 )
-from fewbits.geometry.factorization import factorization_gradient, factorization_loss
+from fewbits.geometry.synthetic import factorization_gradient, factorization_loss
 
 F64 = torch.float64
 X = Valley()  # instance X of the specification

@@ -45,9 +45,7 @@ from fewbits.geometry.directions import (
     remove_span,
     restrict,
 )
-from fewbits.geometry.factorization import FactorizationRun, factorization_run
 from fewbits.geometry.inward import InwardReport, InwardSlope, inward_report, inward_slope, isotropic_cosine
-from fewbits.geometry.landscapes import RadialWall, StraightThroughRun, Valley, nearest, straight_through
 from fewbits.geometry.planes import Plane, PlanePoint, Slice2D, plane_through, slice_2d
 from fewbits.geometry.recovery import (
     Displacements,
@@ -64,7 +62,18 @@ from fewbits.geometry.recovery import (
 )
 from fewbits.geometry.slices import Crossing, NoiseFloor, Profile, Width, noise_floor, profile, width
 from fewbits.geometry.spectrum import EigenPairs, Spectrum, Tridiagonal, lanczos, lanczos_spectrum, top_eigenpairs
-from fewbits.geometry.staircase import has_level_inside, staircase_level, staircase_recovery
+from fewbits.geometry.synthetic import (
+    FactorizationRun,
+    RadialWall,
+    StraightThroughRun,
+    Valley,
+    factorization_run,
+    has_level_inside,
+    nearest,
+    staircase_level,
+    staircase_recovery,
+    straight_through,
+)
 from fewbits.geometry.theorem import RecoveryTheorem
 
 __all__ = [
