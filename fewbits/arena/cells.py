@@ -63,7 +63,7 @@ class CellResult(BaseModel):
         num_tokens: tokens that training saw.
         batches_digest: SHA-256 over the batches in their order.
         bits_per_weight: of the quantized weights, scales counted.
-        seconds_per_step: median wall-clock time; None without training.
+        seconds_per_step: median; processor time on a CPU, by the clock on a GPU; None without training.
         cpu_seconds: processor time of start and training together, all threads.
         peak_memory: bytes above the level before the cell (CPU: resident memory; GPU: allocated); None if unknown.
         device: ``cpu``, or the name of the GPU.
