@@ -427,7 +427,7 @@ def test_interval_refresh_is_as_before() -> None:
     with pytest.raises(ValueError, match="drift_steps"):
         JacQuant(refresh="drift", drift_steps=0.0)
     with pytest.raises(ValueError, match="refresh"):
-        JacQuant(refresh="flips")  # type: ignore[arg-type]
+        JacQuant(refresh="flip")  # type: ignore[arg-type]
 
 
 def test_stableqat_takes_a_numeric_edge_too() -> None:

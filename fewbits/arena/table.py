@@ -102,6 +102,52 @@ METHODS: dict[str, Method] = {
     "jacquant_shuffled_gain": _jacquant(
         "Control: the gains of a layer permuted among its groups.", preset="recommended", control="shuffled"
     ),
+    "jacquant_relative": _jacquant(
+        "The gain over its own running mean, on the optimizer's step: only its change in time acts.",
+        note="ours; the paper uses the gain itself, on the gradient",
+        preset="recommended",
+        apply="update",
+        relative="time",
+    ),
+    "jacquant_saturated": _jacquant(
+        "One gain per weight, on the optimizer's step of saturated weights only.",
+        note="ours; between the identity and the clipped STE",
+        preset="recommended",
+        apply="update",
+        granularity="element",
+        where="saturated",
+    ),
+    "jacquant_update_layer": _jacquant(
+        "The gain over the layer's mean gain, on the optimizer's step: only its place acts.",
+        note="ours; what jacquant_update_constant leaves out",
+        preset="recommended",
+        apply="update",
+        relative="layer",
+    ),
+    "jacquant_update_constant": _jacquant(
+        "Control of jacquant_update: every group of a layer has the layer's mean gain.",
+        preset="recommended",
+        apply="update",
+        control="constant",
+    ),
+    "jacquant_update_shuffled": _jacquant(
+        "Control of jacquant_update: the gains of a layer permuted among its groups.",
+        preset="recommended",
+        apply="update",
+        control="shuffled",
+    ),
+    "jacquant_drift": _jacquant(
+        "Refreshed when the weights have moved, in place of a fixed interval.",
+        note="the paper names automatic scheduling as future work",
+        preset="recommended",
+        refresh="drift",
+    ),
+    "jacquant_flips": _jacquant(
+        "Refreshed when enough codes have changed, in place of a fixed interval.",
+        note="the paper names automatic scheduling as future work",
+        preset="recommended",
+        refresh="flips",
+    ),
     "seq_mse": Method(
         summary="SEQ's grid from the smallest squared error, clipped STE.",
         letter="H",

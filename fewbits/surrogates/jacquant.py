@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -30,9 +31,27 @@ class JacQuant(Surrogate):
     the share of weights inside the outermost levels), ``dither_crn`` (finite difference under common dither) or
     ``probe`` (finite difference of the hard quantizer). The EMA is of the raw estimate, clamped on use; B starts at 1.
 
-    With ``refresh="drift"`` a layer refreshes when its weights have moved far enough instead of every ``interval``
-    steps: at multiples of ``check_interval``, if mean abs(w - w_last) exceeds ``drift_steps`` cells (the first check
-    always refreshes). This keeps one more fp32 copy of the weight.
+    The gain in use is :math:`c_g = \mathrm{clamp}(b_g, \mathrm{gain\_min}, 1)^{\mathrm{power}}`, or its size relative
+    to a mean, so that only a part of it acts:
+
+    ========== ===================================== ==========================================================
+    relative   gain in use at refresh n              what is left
+    ========== ===================================== ==========================================================
+    ``none``   :math:`c_{g,n}`                       all (the paper)
+    ``time``   :math:`c_{g,n} / M_{g,n}`, with       its change in time: 1 at the first refresh, 1 for a gain
+               :math:`M_{g,n} = M_{g,n-1} +          that stays, at most n
+               (c_{g,n} - M_{g,n-1}) / n`
+    ``layer``  :math:`c_{g,n} /` mean over the       its place: every layer keeps its mean step, groups share
+               layer's groups                        it out
+    ========== ===================================== ==========================================================
+
+    (0 / 0 counts as 1.) With ``where="saturated"`` only weights beyond the outermost levels get the gain and all others
+    1: between the identity (gain 1) and the clipped STE (gain 0), at a place that follows ``v`` at every step.
+
+    When a layer refreshes: every ``interval`` steps, or at multiples of ``check_interval`` if its weights have moved
+    (``refresh="drift"``: mean abs(w - w_last) exceeds ``drift_steps`` cells) or its codes have (``"flips"``: the share
+    of codes that differ from those of the last refresh exceeds ``flip_share``). The first check always refreshes. Drift
+    keeps an fp32 copy of the weight, flips one byte per weight and quantizes the layer at each check.
 
     Args:
         mode: the estimator.
@@ -44,12 +63,17 @@ class JacQuant(Surrogate):
         law_width: width of the law in cells (standard deviation for the Gaussian); None is the natural one (1, 2, 1/2),
             see :func:`~fewbits.surrogates.sensitivity.dither_exact`.
         interval: optimizer steps between refreshes, K.
-        refresh: ``interval`` (fixed K) or ``drift``.
+        refresh: ``interval`` (fixed K), ``drift`` or ``flips``.
         drift_steps: threshold of the drift, in cells, > 0.
-        check_interval: optimizer steps between looks at the drift.
+        flip_share: threshold of the changed codes, a share in [0, 1).
+        check_interval: optimizer steps between looks at the drift or the codes.
         beta: weight of the *new* estimate in the EMA, (0, 1].
         clip_first: clip the estimate to [0, 1] before the EMA (the paper's literal order; biased, see the docs).
         gain_min: lower clamp of the gain on use, in [0, 1].
+        power: exponent of the clamped gain, finite and not 0; towards 0 the gain becomes the identity's 1, above 1 it
+            is sharper, below 0 (only with ``gain_min > 0``) it favours what the estimate damps.
+        relative: ``none``, ``time`` or ``layer``, see above; other than ``none`` the gain may exceed 1.
+        where: ``all`` weights, or ``saturated`` ones only.
         compose_mask: multiply by the clip mask at the outermost levels too.
         apply: ``grad`` multiplies the gradient (the paper); ``update`` multiplies the optimizer's step, which an
             adaptive optimizer cannot cancel.
@@ -78,12 +102,16 @@ class JacQuant(Surrogate):
     law: Law = "uniform"
     law_width: float | None = None
     interval: int = 100
-    refresh: Literal["interval", "drift"] = "interval"
+    refresh: Literal["interval", "drift", "flips"] = "interval"
     drift_steps: float = 0.05
+    flip_share: float = 0.05
     check_interval: int = 10
     beta: float = 0.1
     clip_first: bool = False
     gain_min: float = 0.0
+    power: float = 1.0
+    relative: Literal["none", "time", "layer"] = "none"
+    where: Literal["all", "saturated"] = "all"
     compose_mask: bool = False
     apply: Literal["grad", "update"] = "grad"
     control: Literal["none", "constant", "shuffled"] = "none"
@@ -95,7 +123,9 @@ class JacQuant(Surrogate):
             "granularity": ("group", "element"),
             "sigma_unit": ("step", "absolute"),
             "apply": ("grad", "update"),
-            "refresh": ("interval", "drift"),
+            "refresh": ("interval", "drift", "flips"),
+            "relative": ("none", "time", "layer"),
+            "where": ("all", "saturated"),
             "control": ("none", "constant", "shuffled"),
         }
         for key, allowed in choices.items():
@@ -119,6 +149,14 @@ class JacQuant(Surrogate):
             raise ValueError(f"beta={self.beta} is outside [0, 1]; it is the weight of the new estimate")
         if not 0 <= self.gain_min <= 1:
             raise ValueError(f"gain_min={self.gain_min} is outside [0, 1]")
+        if not 0 <= self.flip_share < 1:
+            raise ValueError(f"flip_share={self.flip_share} is outside [0, 1); it is a share of the codes")
+        if not math.isfinite(self.power) or self.power == 0 or (self.power < 0 and self.gain_min == 0):
+            raise ValueError(
+                f"power={self.power} must be finite and not 0 (that is STE), and positive unless gain_min > 0"
+            )
+        if self.where == "saturated" and self.compose_mask:
+            raise ValueError("where='saturated' with compose_mask has no effect: the mask zeroes the saturated weights")
 
     @classmethod
     def preset(cls, preset: str, **changes: Any) -> JacQuant:
@@ -136,8 +174,13 @@ class JacQuant(Surrogate):
 
     @property
     def needs_v(self) -> bool:  # type: ignore[override]
-        """Only the composed mask reads ``v``."""
-        return self.compose_mask
+        """Only the composed mask and the gradient gain of saturated weights read ``v``."""
+        return self.compose_mask or (self.where == "saturated" and self.apply == "grad")
+
+    @property
+    def _used_is_kept(self) -> bool:
+        """Whether ``gain`` holds the gain in use, and ``measured`` the average that it is made of."""
+        return self.relative != "none" or self.power != 1
 
     def _view(self, shape: Sequence[int]) -> GroupView:
         return GroupView(tuple(shape), "per_group", 1 if self.granularity == "element" else self.group_size)
@@ -146,28 +189,40 @@ class JacQuant(Surrogate):
         """``gain``, fp32 ones: ``(rows, ceil(in_features / group_size))``, or the weight's shape per element.
 
         With ``refresh="drift"`` also ``w_last``, the weight at the last refresh, fp32; infinite before the first one.
-        With a control also ``measured``, the gain as it would be without the control.
+        With ``refresh="flips"`` also ``codes_last``, int8, and ``num_refreshes``. With a control, a power or a relative
+        gain also ``measured``, the EMA without them; with ``relative="time"`` also ``mean`` and ``num_refreshes``.
         """
         state = {"gain": torch.ones(self._view(shape).scale_shape, device=device)}
-        if self.control != "none":
+        if self.control != "none" or self._used_is_kept:
             state["measured"] = torch.ones_like(state["gain"])
+        if self.relative == "time":
+            state["mean"] = torch.zeros_like(state["gain"])
+        if self.relative == "time" or self.refresh == "flips":
+            state["num_refreshes"] = torch.zeros((), dtype=torch.int64, device=device)
         if self.refresh == "drift":
             state["w_last"] = torch.full(tuple(shape), torch.inf, device=device)
+        if self.refresh == "flips":
+            state["codes_last"] = torch.zeros(tuple(shape), dtype=torch.int8, device=device)
         return state
 
     def gain(self, state: State) -> Tensor:
-        """The gain in use: the EMA clamped to ``[gain_min, 1]``."""
-        return state["gain"].clamp(self.gain_min, 1.0)
+        """The gain in use, shape of the groups: the EMA clamped to ``[gain_min, 1]`` unless it is relative."""
+        return state["gain"] if self._used_is_kept else state["gain"].clamp(self.gain_min, 1.0)
 
-    def scale_by_gain(self, x: Tensor, state: State) -> Tensor:
-        """``x`` times the gain of its group."""
+    def scale_by_gain(self, x: Tensor, state: State, v: Tensor | None = None, grid: AnyGrid | None = None) -> Tensor:
+        """``x`` times the gain of its group; ``where="saturated"`` needs ``v`` and ``grid`` and leaves the rest."""
         view = self._view(x.shape)
-        return view.merge(view.split(x) * self.gain(state)[..., None])
+        scaled = view.merge(view.split(x) * self.gain(state)[..., None])
+        if self.where == "all":
+            return scaled
+        assert v is not None
+        assert grid is not None
+        return torch.where(inside(v, grid, "level"), x, scaled)
 
     def pullback(self, grad: Tensor, v: Tensor | None, grid: AnyGrid, state: State) -> Tensor:
         """``B * grad`` (times the clip mask if ``compose_mask``); ``grad`` itself if the gain goes to the update."""
         if self.apply == "grad":
-            grad = self.scale_by_gain(grad, state)
+            grad = self.scale_by_gain(grad, state, v, grid)
         if self.compose_mask:
             assert v is not None
             grad = grad * inside(v, grid, "level").to(grad.dtype)
@@ -183,9 +238,7 @@ class JacQuant(Surrogate):
             scheme: the forward quantizer.
             generator: CPU generator of the estimator's own stream.
         """
-        x = scheme.rotation.apply(w.detach().float())
-        s = scheme.scale.view(w.shape).expand(stored_scale(scale.detach(), scheme.scale))
-        v = x / s
+        v, s = steps_of(w, scale, scheme)
         view = self._view(w.shape)
         if self.mode == "dither_exact":
             exact = dither_exact(v, scheme.grid, law=self.law, law_width=self.law_width)
@@ -220,6 +273,11 @@ class JacQuant(Surrogate):
             return step % self.interval == 0
         if step % self.check_interval:
             return False
+        if self.refresh == "flips":
+            if int(state["num_refreshes"]) == 0:
+                return True
+            codes = codes_of(w, scale, scheme)
+            return float((codes != state["codes_last"]).double().mean()) > self.flip_share
         s = scheme.scale.view(w.shape).expand(stored_scale(scale.detach(), scheme.scale))
         return needs_refresh(w.detach(), state["w_last"], s, scheme.grid, drift_steps=self.drift_steps)
 
@@ -230,16 +288,47 @@ class JacQuant(Surrogate):
         """One EMA step of the gain in place; returns statistics of the raw estimate and of the gain in use."""
         raw = self.estimate(w, scale, scheme, generator)
         new = raw.clamp(0, 1) if self.clip_first else raw
-        measured = state["gain"] if self.control == "none" else state["measured"]
+        measured = state.get("measured", state["gain"])
         measured.mul_(1 - self.beta).add_(new, alpha=self.beta)
-        if self.control == "constant":  # the mean of the clamped gains: the same mean in use
-            state["gain"].fill_(measured.clamp(self.gain_min, 1.0).mean())
+        if "num_refreshes" in state:
+            state["num_refreshes"].add_(1)
+        used = self._in_use(measured, state) if self._used_is_kept else measured
+        if self.control == "constant":  # the mean of the gains in use: the same mean step
+            state["gain"].fill_((used if self._used_is_kept else used.clamp(self.gain_min, 1.0)).mean())
         elif self.control == "shuffled":
-            order = torch.randperm(measured.numel(), generator=generator).to(measured.device)
-            state["gain"].copy_(measured.flatten()[order].view_as(measured))
+            order = torch.randperm(used.numel(), generator=generator).to(used.device)
+            state["gain"].copy_(used.flatten()[order].view_as(used))
+        elif self._used_is_kept:
+            state["gain"].copy_(used)
         if self.refresh == "drift":
             state["w_last"].copy_(w)
+        elif self.refresh == "flips":
+            state["codes_last"].copy_(codes_of(w, scale, scheme))
         return gain_statistics(raw, self.gain(state))
+
+    def _in_use(self, measured: Tensor, state: State) -> Tensor:
+        """The gain that acts, by ``power`` and ``relative``; advances the running mean."""
+        clamped = measured.clamp(self.gain_min, 1.0)
+        gain = clamped if self.power == 1 else clamped.pow(self.power)
+        if self.relative == "none":
+            return gain
+        if self.relative == "layer":
+            mean = gain.mean()
+        else:
+            mean = state["mean"].add_((gain - state["mean"]) / state["num_refreshes"])
+        return torch.where(mean > 0, gain / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
+
+
+def steps_of(w: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """``(v, s)``: a latent weight in steps, in the quantizer's own (rotated) coordinates, and the scale of each."""
+    x = scheme.rotation.apply(w.detach().float())
+    s = scheme.scale.view(w.shape).expand(stored_scale(scale.detach(), scheme.scale))
+    return x / s, s
+
+
+def codes_of(w: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Codes as int8 (eight-bit unsigned ones wrap, which keeps them distinct)."""
+    return scheme.grid.encode(steps_of(w, scale, scheme)[0]).to(torch.int8)
 
 
 def gain_statistics(raw: Tensor, gain: Tensor) -> dict[str, float]:

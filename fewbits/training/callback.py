@@ -15,6 +15,7 @@ from fewbits.convert import owned_layers
 from fewbits.nn import QATLayer
 from fewbits.optim.driving import apply_drives_, set_progress_
 from fewbits.surrogates import JacQuant
+from fewbits.surrogates.jacquant import steps_of
 from fewbits.training.metrics import MetricsFile
 from fewbits.training.telemetry import Telemetry
 
@@ -141,15 +142,20 @@ def _on_update(layer: QATLayer) -> bool:
 
 @torch.no_grad()
 def scale_update_(layer: QATLayer, before: Tensor) -> None:
-    """Replace the step that the optimizer just made by the gain times that step, in place."""
+    """Replace the step that the optimizer just made by the gain times that step, in place.
+
+    The gain belongs to the quantizer's own (rotated) coordinates; what is saturated is decided by the weights before
+    the step at the present scale.
+    """
     assert isinstance(layer.surrogate, JacQuant)
-    w = layer.weight
-    update = w - before
-    if layer.transposed:
-        update = layer.surrogate.scale_by_gain(update.t().float(), layer.state()).t()
-    else:
-        update = layer.surrogate.scale_by_gain(update.float(), layer.state())
-    w.copy_(before + update.to(w.dtype))
+    w, rotation = layer.weight, layer.scheme.rotation
+    old = before.t() if layer.transposed else before
+    update = rotation.apply((layer.latent() - old).float())
+    v = None
+    if layer.surrogate.where == "saturated":
+        v, _ = steps_of(old, layer.raw_scale(), layer.scheme)
+    update = rotation.invert(layer.surrogate.scale_by_gain(update, layer.state(), v, layer.scheme.grid))
+    w.copy_(before + (update.t() if layer.transposed else update).to(w.dtype))
 
 
 def mean_over_layers(looked: dict[str, dict[str, float]]) -> dict[str, float]:

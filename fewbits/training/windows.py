@@ -200,8 +200,9 @@ def calibration(layer: QATLayer, old: Tensor) -> dict[str, float]:
     :math:`\sigma \ll D`, is :math:`\approx .8 D/\sigma - 1`: small moves of a hard quantizer are predicted by no gain.
 
     Args:
-        layer: a layer; its JacQuant gain counts as it is now, so measure before it is refreshed. Other surrogates are
-            measured against ``b = 1`` (the identity STE) in groups of 128.
+        layer: a layer; its JacQuant gain counts as it is now, so measure before it is refreshed (gains of saturated
+            weights only: saturated at the old copy; b is then the group's mean). Other surrogates are measured against
+            ``b = 1`` (the identity STE) in groups of 128.
         old: latent weight ``(out_features, in_features)`` of an earlier step.
 
     Returns:
@@ -224,11 +225,11 @@ def calibration(layer: QATLayer, old: Tensor) -> dict[str, float]:
         return x, scheme.grid.project_(x / s) * s
 
     (x1, q1), (x0, q0) = parts(new), parts(old)
-    view = GroupView(tuple(new.shape), "per_group", CALIBRATION_GROUP)
-    gain: Tensor | float = 1.0
+    view, gains = GroupView(tuple(new.shape), "per_group", CALIBRATION_GROUP), torch.ones_like(x1)
     if isinstance(surrogate, JacQuant):
         size = 1 if surrogate.granularity == "element" else surrogate.group_size
-        view, gain = GroupView(tuple(new.shape), "per_group", size), surrogate.gain(layer.state())
+        view = GroupView(tuple(new.shape), "per_group", size)
+        gains = surrogate.scale_by_gain(gains, layer.state(), x0 / s, scheme.grid)
     dw, dq = view.split(x1 - x0).double(), view.split(q1 - q0).double()
     moved = dw.square().sum(-1) > 0
     result = {"moved_share": float(moved.double().mean())}
@@ -236,9 +237,11 @@ def calibration(layer: QATLayer, old: Tensor) -> dict[str, float]:
         return result
     size2 = dw.square().sum(-1)[moved]
     slope, ratio = (dq * dw).sum(-1)[moved] / size2, dq.square().sum(-1)[moved] / size2
-    b = torch.as_tensor(gain, device=dw.device).expand(moved.shape)[moved].double()
+    per_weight = view.split(gains).double()
+    b = (per_weight.sum(-1) / view.counts().to(per_weight.device))[moved]
+    cal = (dq - per_weight * dw).square().sum(-1)[moved] / size2
     result |= {
-        "cal": float((ratio - 2 * b * slope + b * b).mean()),
+        "cal": float(cal.mean()),
         "cal_identity": float((ratio - 2 * slope + 1).mean()),
         "cal_best": float((ratio - slope * slope).mean()),
         "slope_mean": float(slope.mean()),
