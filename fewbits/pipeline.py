@@ -25,6 +25,7 @@ from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.io import write_text
+from fewbits.optim.build import OWN_NAMES
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.recipe import DataSpec, Recipe
 from fewbits.smollm2 import smollm2_path
@@ -131,7 +132,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, quiet: bool = False) -> 
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
         max_grad_norm=t.max_grad_norm,
-        optim=t.optim,
+        optim="adamw_torch" if t.optim in OWN_NAMES else t.optim,  # training_settings has the name itself
         save_strategy="no" if t.save_steps is None else "steps",
         save_steps=t.save_steps or 500,
         save_total_limit=t.save_total_limit,
@@ -144,6 +145,20 @@ def training_arguments(recipe: Recipe, folder: Path, *, quiet: bool = False) -> 
         disable_tqdm=quiet,
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def training_settings(recipe: Recipe) -> QATSettings:
+    """The trainer's settings of a recipe."""
+    t = recipe.train
+    return QATSettings(
+        objective=recipe.objective.build(),
+        scale_learning_rate=t.scale_learning_rate,
+        rest_learning_rate=t.rest_learning_rate,
+        telemetry_interval=t.telemetry_interval,
+        optim=t.optim,
+        rest_optim=t.rest_optim,
+        optim_options=t.optim_options,
     )
 
 
@@ -225,12 +240,7 @@ def run(
         model,
         training_arguments(recipe, folder, quiet=quiet),
         teacher=teacher,
-        settings=QATSettings(
-            objective=recipe.objective.build(),
-            scale_learning_rate=recipe.train.scale_learning_rate,
-            rest_learning_rate=recipe.train.rest_learning_rate,
-            telemetry_interval=recipe.train.telemetry_interval,
-        ),
+        settings=training_settings(recipe),
         train_dataset=train,
         callbacks=list(callbacks),
     )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fewbits.convert import Rule
 from fewbits.objectives import Objective
+from fewbits.optim.build import check_optimizer_name, is_schedule_free
 
 InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "lapq", "signround", "block_ap"]
 """Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
@@ -103,7 +104,9 @@ class TrainSpec(_Part):
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = Field(default=10, ge=0)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    optim: str = "adamw_torch"
+    optim: str = Field(default="adamw_torch", description="of latent weights: a name of TrainingArguments, muon, lion")
+    rest_optim: str | None = Field(default=None, description="of all but latent weights; None: the same")
+    optim_options: dict[str, Any] = Field(default_factory=dict, description="of optim, e.g. momentum: 0.9")
     save_steps: int | None = Field(default=None, ge=1)
     save_total_limit: int | None = Field(default=2, ge=1)
     logging_steps: int = Field(default=10, ge=1)
@@ -111,6 +114,18 @@ class TrainSpec(_Part):
     activation_checkpointing: bool = False
     bf16: bool = False
     freeze: list[str] = Field(default_factory=list, description="patterns of parameter names that stay fixed")
+
+    @model_validator(mode="after")
+    def _optimizers_exist(self) -> TrainSpec:
+        for name in (self.optim, self.rest_optim):
+            if name is not None:
+                check_optimizer_name(name)
+        if is_schedule_free(self.optim) and self.lr_scheduler_type != "constant":
+            raise ValueError(
+                f"train.optim={self.optim!r} needs train.lr_scheduler_type='constant' (got "
+                f"{self.lr_scheduler_type!r}); train.warmup_steps still counts, the optimizer has its own warm-up"
+            )
+        return self
 
 
 class ObjectiveSpec(_Part):

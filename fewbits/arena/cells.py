@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,8 +16,19 @@ from fewbits.arena.shared import Start
 from fewbits.arena.table import METHODS
 from fewbits.evaluate import EvalResult
 from fewbits.io import write_json
+from fewbits.recipe import Recipe
 
 CELLS_FOLDER = "cells"
+_FIRST_FIELDS = {
+    "": "model teacher trust_remote_code target rules ignore init init_options data objective train seed",
+    "rules": "pattern scheme options surrogate embeddings drive",
+    "data": "source path name split column eval_path block_size max_tokens eval_tokens holdout",
+    "objective": "cross_entropy kl temperature",
+    "train": "max_steps batch_size gradient_accumulation_steps learning_rate scale_learning_rate rest_learning_rate "
+    "weight_decay lr_scheduler_type warmup_steps max_grad_norm optim save_steps save_total_limit logging_steps "
+    "telemetry_interval activation_checkpointing bf16 freeze",
+}
+"""Recipe fields by part that every fingerprint has; a younger field counts where it is not at its default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +116,30 @@ def fingerprint(settings: ArenaSettings, cell: Cell, start: Start) -> str:
 
     The place of model and text does not count, their content does.
     """
-    recipe = settings.recipe(cell.scheme, cell.method, cell.learning_rate, cell.seed).model_dump(mode="json")
+    recipe = identity(settings.recipe(cell.scheme, cell.method, cell.learning_rate, cell.seed))
     recipe["model"] = start.model_digest
     recipe["data"]["path"] = start.text_digest
     method = METHODS[cell.method]
     parts = [recipe, method.stage, method.fit_codebooks]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as data, without young fields at their default, so that a new field changes no old fingerprint.
+
+    Example:
+        >>> "optim_options" in identity(Recipe())["train"]
+        False
+    """
+    data = _identity(recipe, "")
+    data["rules"] = [_identity(rule, "rules") for rule in recipe.rules]
+    data |= {part: _identity(getattr(recipe, part), part) for part in ("data", "objective", "train")}
+    return data
+
+
+def _identity(part: BaseModel, name: str) -> dict[str, Any]:
+    old, young = part.model_dump(mode="json"), part.model_dump(mode="json", exclude_defaults=True)
+    return {key: value for key, value in old.items() if key in _FIRST_FIELDS[name].split() or key in young}
 
 
 def write_cell(folder: Path, result: CellResult) -> None:

@@ -27,10 +27,10 @@ from fewbits.data import TokenBlocks
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.inspection import inspect_model
 from fewbits.optim.codebooks import refit_codebooks_
-from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, model_source, training_arguments
+from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, model_source, training_arguments, training_settings
 from fewbits.ptq import apply_ptq
 from fewbits.recipe import Recipe
-from fewbits.training import QATSettings, QATTrainer, TrainingDiverged
+from fewbits.training import QATTrainer, TrainingDiverged
 
 
 class Batches:
@@ -173,12 +173,7 @@ def _train(
             model,
             training_arguments(recipe, Path(folder), quiet=True),
             teacher=teacher,
-            settings=QATSettings(
-                objective=recipe.objective.build(),
-                scale_learning_rate=recipe.train.scale_learning_rate,
-                rest_learning_rate=recipe.train.rest_learning_rate,
-                telemetry_interval=recipe.train.telemetry_interval,
-            ),
+            settings=training_settings(recipe),
             train_dataset=text,
             data_collator=batches,
             callbacks=[times],

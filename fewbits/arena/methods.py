@@ -41,6 +41,10 @@ class Method(BaseModel):
         surrogate: as in a recipe.
         drive: as in a recipe.
         objective: as in a recipe; None is the arena's own, which all others share.
+        train: changes of the recipe's ``train``, such as the optimizer.
+        rate_factor: the latent weights' learning rate is this times the cell's, which is of a grid common to all
+            methods, for an optimizer whose steps have another size. Where ``rest_optim`` moves scales and the rest,
+            these keep the cell's rate.
         init: post-training method of the start; for ``ptq`` and ``fp_then_ptq`` the method itself.
         fit_codebooks: fit a codebook to every layer before the first step.
         stage: ``train``; ``ptq``: no training; ``fp_then_ptq``: trained in full precision, then ``init``.
@@ -58,6 +62,8 @@ class Method(BaseModel):
     surrogate: str | dict[str, Any] = "ste"
     drive: Value = None
     objective: dict[str, float] | None = None
+    train: dict[str, Any] = Field(default_factory=dict)
+    rate_factor: float = Field(default=1.0, gt=0)
     init: str = "rtn"
     fit_codebooks: bool = False
     stage: Stage = "train"

@@ -167,7 +167,10 @@ class ArenaSettings(BaseModel):
             "logging_steps": max(1, steps),
         }
         if learning_rate is not None:
-            train["learning_rate"] = learning_rate
+            train["learning_rate"] = learning_rate * method.rate_factor
+            if method.rate_factor != 1 and "rest_optim" in method.train:
+                train |= {"scale_learning_rate": learning_rate, "rest_learning_rate": learning_rate}
+        train |= method.train
         fields: dict[str, Any] = {
             "model": self.model,
             "rules": [rule_for(name, method, scheme, num_steps=self.num_steps)],

@@ -37,8 +37,23 @@ _QUEST: dict[str, Any] = {
 _GROUPS = "one scale per group of the scheme where the paper has one per row or tensor, for equal bits"
 
 
-def _jacquant(summary: str, note: str = "", **options: Any) -> Method:
-    return Method(summary=summary, papers=("2605.25469",), note=note, surrogate={"name": "jacquant", **options})
+def _jacquant(summary: str, note: str = "", more: dict[str, Any] | None = None, **options: Any) -> Method:
+    surrogate = {"name": "jacquant", **options}
+    return Method(summary=summary, papers=("2605.25469",), note=note, surrogate=surrogate, **(more or {}))
+
+
+_RECOMMENDED = {"preset": "recommended"}
+
+
+_CLIPPED: dict[str, Any] = {"name": "clipped_ste", "edge": "level"}
+_SGD: dict[str, Any] = {
+    "train": {"optim": "sgd", "optim_options": {"momentum": 0.9}, "rest_optim": "adamw_torch"},
+    "rate_factor": 100.0,
+}
+"""AdamW keeps what is no latent weight, at the common rate: rows then differ by the latent weights' steps alone."""
+_SGD_NOTE = "momentum .9; latent weights at 100 times the common rate, scales and the rest by AdamW at the common rate"
+_MUON: dict[str, Any] = {"train": {"optim": "muon"}}
+_MUON_NOTE = "steps scaled to the size of AdamW's, which moves scales and the rest, all at the common rate"
 
 
 METHODS: dict[str, Method] = {
@@ -227,6 +242,35 @@ METHODS: dict[str, Method] = {
         fit_codebooks=True,
         by_bits={"1": {"options": {"rule": "absmean"}}},
         missing={"1.58": "a codebook of three levels takes 2 bits in a file, more than the ternary grid's 1.6"},
+    ),
+    "clipped_ste_sgd": Method(
+        summary="Clipped STE, latent weights by SGD with momentum.", note=_SGD_NOTE, surrogate=_CLIPPED, **_SGD
+    ),
+    "jacquant_sgd": _jacquant(
+        "JacQuant's gain where no second moment cancels it: SGD with momentum.", _SGD_NOTE, more=_SGD, **_RECOMMENDED
+    ),
+    "clipped_ste_muon": Method(
+        summary="Clipped STE, latent weights by Muon.",
+        papers=("2502.16982",),
+        note=_MUON_NOTE,
+        surrogate=_CLIPPED,
+        **_MUON,
+    ),
+    "jacquant_muon": _jacquant("JacQuant's gain before Muon.", _MUON_NOTE, more=_MUON, **_RECOMMENDED),
+    "lion": Method(
+        summary="Clipped STE, every parameter by Lion (signs of the momentum).",
+        papers=("2302.06675",),
+        note="at a fifth of the common rate, as the paper advises",
+        surrogate=_CLIPPED,
+        train={"optim": "lion"},
+        rate_factor=0.2,
+    ),
+    "schedule_free": Method(
+        summary="Clipped STE, every parameter by schedule-free AdamW; what ships is its average.",
+        papers=("2405.15682",),
+        note="a constant rate after the warm-up, in place of the cosine",
+        surrogate=_CLIPPED,
+        train={"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
     ),
     "clipped_ste_from_gptq": Method(
         summary="Clipped STE from the start that GPTQ gives.",

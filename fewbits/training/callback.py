@@ -110,6 +110,14 @@ class QATCallback(TrainerCallback):
             return layer.surrogate.is_due(step, layer.state(), layer.latent(), layer.raw_scale(), layer.scheme)
         return step % self.telemetry_interval == 0
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A schedule-free optimizer leaves its average in the model, which is what it evaluates and deploys."""
+        optimizer = kwargs.get("optimizer")
+        if callable(getattr(optimizer, "eval", None)):
+            optimizer.eval()  # type: ignore[union-attr]
+
     def on_log(
         self,
         args: TrainingArguments,

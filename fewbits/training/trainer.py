@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from fewbits.convert import owned_layers
 from fewbits.objectives import Objective
-from fewbits.optim.groups import parameter_groups
+from fewbits.optim.build import build_optimizer, check_optimizer_name
 from fewbits.training.callback import QATCallback, first_non_finite
 
 
@@ -31,15 +32,21 @@ class QATSettings:
         scale_learning_rate: of learned scales; None means the latent weights' rate.
         rest_learning_rate: of norms, biases and embeddings in full precision; 0 leaves them fixed; None as above.
         telemetry_interval: optimizer steps between looks at the layers.
+        optim: optimizer of latent weights, see :func:`fewbits.optim.build_optimizer`; None means ``args.optim``.
+        rest_optim: optimizer of everything else; None means the same.
+        optim_options: keyword arguments of the optimizer of latent weights.
 
     Raises:
-        ValueError: for negative rates.
+        ValueError: for negative rates, or an unknown optimizer.
     """
 
     objective: Objective = field(default_factory=Objective)
     scale_learning_rate: float | None = None
     rest_learning_rate: float | None = None
     telemetry_interval: int = 100
+    optim: str | None = None
+    rest_optim: str | None = None
+    optim_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("scale_learning_rate", "rest_learning_rate"):
@@ -48,6 +55,9 @@ class QATSettings:
                 raise ValueError(f"{name}={value} must be a finite number >= 0")
         if self.telemetry_interval < 1:
             raise ValueError(f"telemetry_interval={self.telemetry_interval} must be at least 1")
+        for chosen in (self.optim, self.rest_optim):
+            if chosen is not None:
+                check_optimizer_name(chosen)
 
 
 class QATTrainer(Trainer):
@@ -98,24 +108,19 @@ class QATTrainer(Trainer):
         self.add_callback(self.qat_callback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer that ``args.optim`` names, over the three groups."""
+        """The optimizer that the settings name, over latent weights, scales and the rest."""
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
-            rate = self.args.learning_rate
             s = self.settings
-            groups = parameter_groups(
+            self.optimizer = build_optimizer(
+                s.optim or str(getattr(self.args.optim, "value", self.args.optim)),
                 opt_model,
-                learning_rate=rate,
-                scale_learning_rate=rate if s.scale_learning_rate is None else s.scale_learning_rate,
-                rest_learning_rate=rate if s.rest_learning_rate is None else s.rest_learning_rate,
-                weight_decay=self.args.weight_decay,
+                self.args,
+                scale_learning_rate=s.scale_learning_rate,
+                rest_learning_rate=s.rest_learning_rate,
+                rest_optim=s.rest_optim,
+                options=s.optim_options,
             )
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
-            if unsupported := {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(
-                    f"optim={self.args.optim!r} builds its own groups ({', '.join(unsupported)}); use another"
-                )
-            self.optimizer = cls(groups, **options)
         return self.optimizer
 
     def compute_loss(
