@@ -159,7 +159,20 @@ def training_settings(recipe: Recipe) -> QATSettings:
         optim=t.optim,
         rest_optim=t.rest_optim,
         optim_options=t.optim_options,
+        ema_decay=t.ema_decay,
+        keep_best_interval=t.keep_best_interval,
     )
+
+
+def hold_out_best(recipe: Recipe, train: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """``(train, best)``: with ``keep_best``, the last blocks of the training text choose the iterate that ships.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if not recipe.train.keep_best:
+        return train, None
+    return train.split(max(1, recipe.train.keep_best_tokens // train.block_size) / len(train))
 
 
 def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> str | None:
@@ -236,11 +249,13 @@ def run(
     if recipe.train.max_steps == 0:
         save_prepared(model, tokenizer, folder / "model")
         return RunResult(folder, model, tokenizer, scores)
+    train, best = hold_out_best(recipe, train)
     trainer = QATTrainer(
         model,
         training_arguments(recipe, folder, quiet=quiet),
         teacher=teacher,
         settings=training_settings(recipe),
+        best_blocks=best,
         train_dataset=train,
         callbacks=list(callbacks),
     )

@@ -113,6 +113,10 @@ class TrainSpec(_Part):
     telemetry_interval: int = Field(default=50, ge=1)
     activation_checkpointing: bool = False
     bf16: bool = False
+    ema_decay: float | None = Field(default=None, ge=0, lt=1, description="ship the running mean of the weights")
+    keep_best: bool = Field(default=False, description="ship the iterate that deployed best on text held out for it")
+    keep_best_interval: int = Field(default=50, ge=1, description="steps between looks")
+    keep_best_tokens: int = Field(default=8192, ge=2, description="taken from the end of the training text")
     freeze: list[str] = Field(default_factory=list, description="patterns of parameter names that stay fixed")
 
     @model_validator(mode="after")
@@ -120,6 +124,8 @@ class TrainSpec(_Part):
         for name in (self.optim, self.rest_optim):
             if name is not None:
                 check_optimizer_name(name)
+        if is_schedule_free(self.optim) and self.ema_decay is not None:
+            raise ValueError(f"train.ema_decay with train.optim={self.optim!r}, which ships an average already")
         if is_schedule_free(self.optim) and self.lr_scheduler_type != "constant":
             raise ValueError(
                 f"train.optim={self.optim!r} needs train.lr_scheduler_type='constant' (got "

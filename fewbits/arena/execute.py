@@ -27,7 +27,14 @@ from fewbits.data import TokenBlocks
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.inspection import inspect_model
 from fewbits.optim.codebooks import refit_codebooks_
-from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, model_source, training_arguments, training_settings
+from fewbits.pipeline import (
+    CALIBRATION_BLOCKS,
+    freeze_,
+    hold_out_best,
+    model_source,
+    training_arguments,
+    training_settings,
+)
 from fewbits.ptq import apply_ptq
 from fewbits.recipe import Recipe
 from fewbits.training import QATTrainer, TrainingDiverged
@@ -168,12 +175,14 @@ def _train(
     freeze_(model, recipe.train.freeze)
     if recipe.train.max_steps == 0:
         return model.eval()
+    text, best = hold_out_best(recipe, text)
     with tempfile.TemporaryDirectory() as folder:
         trainer = QATTrainer(
             model,
             training_arguments(recipe, Path(folder), quiet=True),
             teacher=teacher,
             settings=training_settings(recipe),
+            best_blocks=best,
             train_dataset=text,
             data_collator=batches,
             callbacks=[times],

@@ -272,6 +272,12 @@ METHODS: dict[str, Method] = {
         surrogate=_CLIPPED,
         train={"optim": "schedule_free_adamw", "lr_scheduler_type": "constant"},
     ),
+    "ema": Method(
+        summary="Clipped STE; what ships is a running mean of latent weights and scales.",
+        note="decay .99; a usual trick, of no paper in particular",
+        surrogate=_CLIPPED,
+        train={"ema_decay": 0.99},
+    ),
     "clipped_ste_from_gptq": Method(
         summary="Clipped STE from the start that GPTQ gives.",
         papers=("2210.17323", "2601.14888"),

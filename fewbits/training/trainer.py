@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from fewbits.convert import owned_layers
+from fewbits.data import TokenBlocks
 from fewbits.objectives import Objective
-from fewbits.optim.build import build_optimizer, check_optimizer_name
+from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
+from fewbits.training.averaging import EMACallback, WeightEMA
+from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback, first_non_finite
 
 
@@ -35,9 +38,11 @@ class QATSettings:
         optim: optimizer of latent weights, see :func:`fewbits.optim.build_optimizer`; None means ``args.optim``.
         rest_optim: optimizer of everything else; None means the same.
         optim_options: keyword arguments of the optimizer of latent weights.
+        ema_decay: ship the mean :class:`~fewbits.training.averaging.WeightEMA` of the iterates; None ships the last.
+        keep_best_interval: steps between looks of :class:`~fewbits.training.best.KeepBest`, if the trainer has blocks.
 
     Raises:
-        ValueError: for negative rates, or an unknown optimizer.
+        ValueError: for negative rates, an unknown optimizer, or a mean beside a schedule-free optimizer.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -47,6 +52,8 @@ class QATSettings:
     optim: str | None = None
     rest_optim: str | None = None
     optim_options: Mapping[str, Any] = field(default_factory=dict)
+    ema_decay: float | None = None
+    keep_best_interval: int = 50
 
     def __post_init__(self) -> None:
         for name in ("scale_learning_rate", "rest_learning_rate"):
@@ -58,6 +65,10 @@ class QATSettings:
         for chosen in (self.optim, self.rest_optim):
             if chosen is not None:
                 check_optimizer_name(chosen)
+        if self.ema_decay is not None:
+            WeightEMA(self.ema_decay)
+            if is_schedule_free(self.optim):
+                raise ValueError(f"ema_decay={self.ema_decay} with optim={self.optim!r}, which has an average already")
 
 
 class QATTrainer(Trainer):
@@ -68,6 +79,7 @@ class QATTrainer(Trainer):
         args: the Trainer's arguments; ``metrics.jsonl`` is written to ``args.output_dir``.
         teacher: frozen full-precision model for distillation; it is put into eval mode and gets no gradient.
         settings: objective and learning rates.
+        best_blocks: held-out text on which the deployed model is scored; the best iterate is the result.
         **kwargs: passed to ``Trainer`` (``train_dataset``, ``eval_dataset``, ``callbacks``, ...).
 
     Raises:
@@ -83,6 +95,7 @@ class QATTrainer(Trainer):
         *,
         teacher: nn.Module | None = None,
         settings: QATSettings | None = None,
+        best_blocks: TokenBlocks | None = None,
         **kwargs: Any,
     ) -> None:
         self.settings = settings or QATSettings()
@@ -106,6 +119,28 @@ class QATTrainer(Trainer):
             Path(self.args.output_dir or ".") / "metrics.jsonl", telemetry_interval=self.settings.telemetry_interval
         )
         self.add_callback(self.qat_callback)
+        self._extras: list[Any] = [self.qat_callback.telemetry]
+        self._add_averages(best_blocks)
+
+    def _add_averages(self, best_blocks: TokenBlocks | None) -> None:
+        s, ema = self.settings, None
+        if s.ema_decay is not None:
+            ema = WeightEMA(s.ema_decay)
+            self.add_callback(EMACallback(ema))
+            self._extras.append(ema)
+        if best_blocks is not None:
+            distils = s.objective.kl > 0
+            best = KeepBest(
+                best_blocks,
+                interval=s.keep_best_interval,
+                teacher=self.teacher if distils else None,
+                cross_entropy=s.objective.cross_entropy if distils else 1.0,
+                kl=s.objective.kl,
+                ema=ema,
+                metrics=self.qat_callback.metrics,
+            )
+            self.add_callback(best)
+            self._extras.append(best)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name, over latent weights, scales and the rest."""
@@ -169,4 +204,5 @@ class QATTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.qat_callback.telemetry.load(Path(resume_from_checkpoint))
+        for extra in self._extras:
+            extra.load(Path(resume_from_checkpoint))
