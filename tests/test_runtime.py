@@ -619,9 +619,12 @@ def test_closing_the_stream_ends_the_thread_and_errors_come_out(chat, monkeypatc
     def broken(*args, **kwargs):
         raise FloatingPointError("broken model")
 
-    monkeypatch.setattr(model, "generate", broken)
-    with pytest.raises(FloatingPointError, match="broken model"):
-        list(generate_stream(model, tokenizer, "w1", max_new_tokens=2))
+    for name, fast in (("forward", True), ("generate", False)):  # the decoder's prompt; transformers' own loop
+        with monkeypatch.context() as patch:
+            patch.setattr(model, name, broken)
+            patch.setattr("fewbits.runtime.generate.uses_decoder", lambda _, fast=fast: fast)
+            with pytest.raises(FloatingPointError, match="broken model"):
+                list(generate_stream(model, tokenizer, "w1", max_new_tokens=2))
 
 
 @pytest.mark.parametrize(

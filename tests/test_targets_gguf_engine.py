@@ -43,6 +43,7 @@ from fewbits.targets.gguf_file import GGUFTensor, write_gguf
 from fewbits.targets.gguf_reader import read_gguf
 from fewbits.targets.gguf_tokenizer import tokenizer_metadata
 from fewbits.testing import llamacpp
+from fewbits.testing.ggml_activations import int8_per_32, round_q8_0, round_q8_k
 from fewbits.testing.llamacpp import LlamaCpp
 
 CONTROL = 5e-5
@@ -139,17 +140,9 @@ def test_the_control_sees_a_wrong_file(
     assert float((engine_logits(tmp_path, ids) - logits(model, ids)).abs().max()) > WRONG
 
 
-def int8_per_32(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and fp32 scales of blocks of 32 activations."""
-    blocks = x.reshape(*x.shape[:-1], -1, 32)
-    largest = blocks.abs().amax(-1, keepdim=True)
-    return torch.where(largest > 0, blocks * (127 / largest), 0.0).round(), largest / 127
-
-
 def q8_0(layer: Any, x: Tensor) -> Tensor:
-    """Flat types: int8 per 32 activations, scale rounded to fp16."""
-    codes, d = int8_per_32(x)
-    return torch.nn.functional.linear((codes * d.half().float()).reshape(x.shape), layer.quantized_weight(), layer.bias)
+    """Flat types."""
+    return torch.nn.functional.linear(round_q8_0(x), layer.quantized_weight(), layer.bias)
 
 
 def q8_1(layer: Any, x: Tensor) -> Tensor:
@@ -161,13 +154,8 @@ def q8_1(layer: Any, x: Tensor) -> Tensor:
 
 
 def q8_k(layer: Any, x: Tensor) -> Tensor:
-    """K-quants and ternary types: int8 per 256 activations, the largest becomes -127."""
-    blocks = x.reshape(-1, 256)
-    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    inverse = torch.where(largest != 0, -127 / largest, 0.0)
-    codes = (blocks * inverse).round().clamp(max=127)
-    rounded = torch.where(largest != 0, codes / inverse, 0.0).reshape(x.shape)
-    return torch.nn.functional.linear(rounded, layer.quantized_weight(), layer.bias)
+    """K-quants and ternary types."""
+    return torch.nn.functional.linear(round_q8_k(x), layer.quantized_weight(), layer.bias)
 
 
 @torch.no_grad()
@@ -413,3 +401,16 @@ def test_greedy_text_of_the_embedded_model(tmp_path: Path) -> None:
             engine.tokenize("\n".join(embedded_texts("valid"))[:20_000])
             == (tokenizer("\n".join(embedded_texts("valid"))[:20_000])["input_ids"])
         )
+
+
+def test_a_sequence_built_piece_by_piece_has_the_same_logits(tmp_path: Path) -> None:
+    written(trained(scheme("W2A16G64"), "llama"), GGUF("f32"), tmp_path)
+    ids = some_ids(12).reshape(-1).tolist()
+    with LlamaCpp(tmp_path / FILE, context_length=16) as engine:
+        whole = engine.logits(ids)
+        assert engine.num_cached == 12
+        engine.clear()
+        last = [engine.extend(part) for part in (ids[:5], ids[5:6], ids[6:])]
+        np.testing.assert_allclose(np.stack(last), whole[[4, 5, 11]], rtol=0, atol=CONTROL)
+        with pytest.raises(ValueError, match="1 to 4 tokens"):
+            engine.extend(ids[:5])

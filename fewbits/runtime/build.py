@@ -22,7 +22,7 @@ FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-ffp-contract=off
 """No ``-march``: the vector kernels name their instruction sets themselves and are chosen at run time."""
 COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 900
-_SOURCES = ("kernels.c", "pool.c", "portable.c", "lanes.c", "avx2.c", "avx512.c")
+_SOURCES = ("kernels.c", "pool.c", "portable.c", "lanes.c", "avx2.c", "avx512.c", "decode.c")
 
 
 class Layer(ctypes.Structure):
@@ -35,6 +35,31 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("scale_rows", "scale_kind", "bits", "twice_zero")),
         ("half_step", ctypes.c_float),
         ("variant", ctypes.c_int32),
+    )
+
+
+class Block(ctypes.Structure):
+    """The C struct ``fb_block``: pointers to seven layers, their biases, four norms, keys and values."""
+
+    _fields_ = (
+        ("layer", ctypes.c_void_p * 7),
+        ("bias", ctypes.c_void_p * 7),
+        ("norm", ctypes.c_void_p * 4),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("int8", ctypes.c_int32 * 7),
+    )
+
+
+class Stack(ctypes.Structure):
+    """The C struct ``fb_stack``: the blocks of a model and its sizes."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_blocks", "hidden", "inner", "heads", "kv_heads", "head_dim")),
+        ("max_length", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -101,7 +126,7 @@ def build_kernels(directory: Path | None = None) -> Path:
         raise BuildError(f"cannot write the kernel cache {directory}: {error}; set FEWBITS_CACHE") from None
     os.close(handle)
     try:
-        _run([*compiler, *FLAGS, str(source / _SOURCES[0]), "-o", temporary])
+        _run([*compiler, *FLAGS, str(source / _SOURCES[0]), "-lm", "-o", temporary])
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -126,11 +151,11 @@ def open_kernels(path: Path) -> ctypes.CDLL:
     """
     try:
         library = ctypes.CDLL(str(path))
-        size = int(library.fb_abi())
+        sizes = [int(getattr(library, name)()) for name in ("fb_abi", "fb_block_abi", "fb_stack_abi")]
     except (OSError, AttributeError) as error:
         raise BuildError(f"{path} is not a kernel library: {error}; delete it") from None
-    if size != ctypes.sizeof(Layer):
-        raise BuildError(f"{path} has layers of {size} bytes, not {ctypes.sizeof(Layer)}; delete it")
+    if sizes != [ctypes.sizeof(kind) for kind in (Layer, Block, Stack)]:
+        raise BuildError(f"{path} has structures of {sizes} bytes, not those of this version; delete it")
     layer, pointer, integer, count = ctypes.POINTER(Layer), ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.fb_supports.argtypes = [integer]
     library.fb_linear.argtypes = [layer, pointer, pointer, count, integer, integer]
@@ -138,6 +163,7 @@ def open_kernels(path: Path) -> ctypes.CDLL:
     library.fb_padded_width.restype = count
     library.fb_permute.argtypes = [layer, pointer, pointer, count]
     library.fb_tile.argtypes = [layer, count, count, pointer, integer]
+    library.fb_decode.argtypes = [ctypes.POINTER(Stack), pointer, pointer, pointer, count, integer]
     library.fb_lookup.argtypes = [layer, pointer, count, pointer, integer]
     for name in ("fb_permute", "fb_tile", "fb_lookup"):
         getattr(library, name).restype = None

@@ -1,4 +1,7 @@
-"""Text from a model, piece by piece, through transformers' own ``generate``."""
+"""Text from a model, piece by piece: :mod:`fewbits.runtime.decoder` where it can, else transformers' ``generate``.
+
+Both take the same tokens in the same order from the same random numbers; a test compares them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TextIteratorStreamer,
+    TopPLogitsWarper,
+)
+
+from fewbits.runtime.decoder import Decoder, refusal
+
+_KNOWN = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache", "output_attentions"}
+_KNOWN |= {"output_hidden_states", "max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
+"""Generation settings of a checkpoint that :func:`generate_stream` replaces or that change no token; with others (a
+repetition penalty, say) transformers generates."""
 
 
 class _Stop(StoppingCriteria):
@@ -74,10 +91,15 @@ def _stream(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], se
     device = next(model.parameters()).device
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    fast = uses_decoder(model)
+
     def work() -> None:
         try:
             with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.inference_mode():
                 torch.manual_seed(seed)
+                if fast:
+                    _decode(model, inputs["input_ids"][0], streamer, stop, options)
+                    return
                 model.generate(
                     input_ids=inputs["input_ids"].to(device),
                     attention_mask=inputs["attention_mask"].to(device),
@@ -101,3 +123,33 @@ def _stream(model: Any, tokenizer: Any, inputs: Any, options: dict[str, Any], se
         thread.join()
     if failures:
         raise failures[0]
+
+
+def uses_decoder(model: Any) -> bool:
+    """Whether :func:`generate_stream` runs this model through :class:`~fewbits.runtime.decoder.Decoder`."""
+    if refusal(model) is not None:
+        return False
+    settings = model.generation_config.to_diff_dict()
+    return all(name in _KNOWN or name.startswith("_") for name in settings)
+
+
+def _decode(model: Any, ids: torch.Tensor, streamer: Any, stop: threading.Event, options: dict[str, Any]) -> None:
+    warpers = LogitsProcessorList()
+    if options["do_sample"]:
+        warpers.append(TemperatureLogitsWarper(options["temperature"]))
+        if options["top_p"] < 1:
+            warpers.append(TopPLogitsWarper(options["top_p"]))
+    end = model.generation_config.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    sequence: Any = ids[None]  # the two that are used look at the scores only
+    streamer.put(ids)
+    decoder = Decoder(model, len(ids) + options["max_new_tokens"])
+    logits = decoder.prefill(ids)
+    for left in reversed(range(options["max_new_tokens"])):
+        scores: Any = warpers(sequence, logits[None])
+        choice = scores.softmax(-1).multinomial(1)[0] if options["do_sample"] else scores.argmax(-1)
+        streamer.put(choice)
+        if int(choice) in ends or stop.is_set() or not left:
+            break
+        logits = decoder.step(int(choice))
+    streamer.end()

@@ -185,21 +185,31 @@ int64_t fb_padded_width(const fb_layer *L) {
     return (L->width + block - 1) / block * block;
 }
 
-/* y (n, rows) = x (n, width) times the weight. Returns 0, or 1 when memory ran out. */
-int fb_linear(const fb_layer *L, const float *x, float *y, int64_t n, int int8, int threads) {
+/* Bytes that the prepared activations of n tokens take, and where their four parts begin; 0 if none are needed. */
+static size_t job_sizes(const fb_layer *L, int64_t n, int int8, size_t starts[5]) {
     int64_t padded = fb_padded_width(L), lanes = L->variant == PORTABLE ? 0 : padded / lane_width(L->bits);
     size_t sizes[4] = {(size_t)(n * padded) * (int8 ? 1 : 4), int8 ? (size_t)(n * L->num_groups) * 4 : 0,
                        int8 ? (size_t)(n * lanes) * 4 : 0, int8 ? (size_t)padded : 0};
-    size_t starts[5] = {0};
-    job J = {.L = L, .y = y, .x = x, .padded = padded, .n = n, .int8 = int8};
+    starts[0] = 0;
+    for (int i = 0; i < 4; i++) starts[i + 1] = starts[i] + (sizes[i] + 63) / 64 * 64;
+    return L->variant != PORTABLE || int8 ? starts[4] : 0;
+}
+
+static void job_prepare(job *J, const float *x, uint8_t *memory, const size_t starts[5]) {
+    J->x = (const float *)memory, J->q = (const int8_t *)memory;
+    J->xscale = (const float *)(memory + starts[1]), J->zero = (const int32_t *)(memory + starts[2]);
+    prepare(J, x, (int8_t *)(memory + starts[3]));
+}
+
+/* y (n, rows) = x (n, width) times the weight. Returns 0, or 1 when memory ran out. */
+int fb_linear(const fb_layer *L, const float *x, float *y, int64_t n, int int8, int threads) {
+    job J = {.L = L, .y = y, .x = x, .padded = fb_padded_width(L), .n = n, .int8 = int8};
     uint8_t *memory = NULL;
-    if (L->variant != PORTABLE || int8) {
-        for (int i = 0; i < 4; i++) starts[i + 1] = starts[i] + (sizes[i] + 63) / 64 * 64;
-        memory = aligned_alloc(64, starts[4]);
+    size_t starts[5], size = job_sizes(L, n, int8, starts);
+    if (size) {
+        memory = aligned_alloc(64, size);
         if (!memory) return 1;
-        J.x = (const float *)memory, J.q = (const int8_t *)memory;
-        J.xscale = (const float *)(memory + starts[1]), J.zero = (const int32_t *)(memory + starts[2]);
-        prepare(&J, x, (int8_t *)(memory + starts[3]));
+        job_prepare(&J, x, memory, starts);
     }
     pool_run(linear_rows, &J, L->rows, n * L->width, UNIT_ROWS, threads);
     free(memory);
@@ -251,3 +261,5 @@ void fb_lookup(const fb_layer *L, const int64_t *ids, int64_t count, float *out,
     tile T = {L, ids, 0, L->width, out};
     pool_run(tile_rows, &T, count, L->width, 1, threads);
 }
+
+#include "decode.c"

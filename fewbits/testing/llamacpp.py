@@ -158,6 +158,7 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp does not run {path}: {'; '.join(_LOG)}")
         self._vocab = self._library.llama_model_get_vocab(self._model)
         self.vocab_size = int(self._library.llama_vocab_n_tokens(self._vocab))
+        self.num_cached = 0
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -187,21 +188,40 @@ class LlamaCpp:
         Raises:
             ValueError: for tokens out of range, or too many of them.
         """
+        self.clear()
+        return self._decode(token_ids, every=True)
+
+    def clear(self) -> None:
+        """Forget the sequence that :meth:`extend` has built."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self.num_cached = 0
+
+    def extend(self, token_ids: Any) -> NDArray[np.float32]:
+        """Append tokens to the sequence in the cache; logits after the last one, fp32 ``(vocab_size,)``.
+
+        Raises:
+            ValueError: for tokens out of range, or a sequence longer than ``context_length``.
+        """
+        return self._decode(token_ids, every=False)[0]
+
+    def _decode(self, token_ids: Any, *, every: bool) -> NDArray[np.float32]:
         ids = np.asarray(token_ids, dtype=np.int64).reshape(-1)
-        if not 1 <= ids.size <= self.context_length or ids.min() < 0 or ids.max() >= self.vocab_size:
-            limit = f"1 to {self.context_length} tokens below {self.vocab_size} are needed"
+        room = self.context_length - self.num_cached
+        if not 1 <= ids.size <= room or ids.min() < 0 or ids.max() >= self.vocab_size:
+            limit = f"1 to {room} tokens below {self.vocab_size} are needed"
             raise ValueError(f"{ids.size} tokens from {ids.min(initial=0)} to {ids.max(initial=0)}; {limit}")
-        library = self._library
-        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        library, last = self._library, ids.size - 1
         batch = library.llama_batch_init(ids.size, 0, 1)
         try:
             batch.n_tokens = ids.size
             for i, token in enumerate(ids.tolist()):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self.num_cached + i, 1
+                batch.logits[i] = int(every or i == last)
                 batch.seq_id[i][0] = 0
             if status := library.llama_decode(self._context, batch):
                 raise ValueError(f"llama_decode fails with status {status}: {'; '.join(_LOG)}")
-            rows = [library.llama_get_logits_ith(self._context, i) for i in range(ids.size)]
+            self.num_cached += ids.size
+            rows = [library.llama_get_logits_ith(self._context, i) for i in (range(ids.size) if every else [last])]
             return np.stack([np.ctypeslib.as_array(row, shape=(self.vocab_size,)) for row in rows])
         finally:
             library.llama_batch_free(batch)
