@@ -160,6 +160,8 @@ def training_settings(recipe: Recipe) -> QATSettings:
         rest_optim=t.rest_optim,
         optim_options=t.optim_options,
         ema_decay=t.ema_decay,
+        activation_noise=t.activation_noise,
+        activation_noise_bits=t.activation_noise_bits,
         keep_best_interval=t.keep_best_interval,
     )
 

@@ -113,6 +113,8 @@ class TrainSpec(_Part):
     telemetry_interval: int = Field(default=50, ge=1)
     activation_checkpointing: bool = False
     bf16: bool = False
+    activation_noise: float = Field(default=0.0, ge=0, le=1, description="probability of FPQ's feature perturbation")
+    activation_noise_bits: int = Field(default=8, ge=2, le=16, description="whose step is the width of the noise")
     ema_decay: float | None = Field(default=None, ge=0, lt=1, description="ship the running mean of the weights")
     keep_best: bool = Field(default=False, description="ship the iterate that deployed best on text held out for it")
     keep_best_interval: int = Field(default=50, ge=1, description="steps between looks")
@@ -140,10 +142,15 @@ class ObjectiveSpec(_Part):
     cross_entropy: float = Field(default=0.0, ge=0)
     kl: float = Field(default=1.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
+    features: float = Field(default=0.0, ge=0)
+    feature_layers: list[int] | None = None
+    consistency: float = Field(default=0.0, ge=0)
+    consistency_decay: float = Field(default=0.999, ge=0, lt=1)
+    consistency_dropout: float = Field(default=0.1, ge=0, lt=1)
 
     def build(self) -> Objective:
         """The objective itself."""
-        return Objective(cross_entropy=self.cross_entropy, kl=self.kl, temperature=self.temperature)
+        return Objective(**self.model_dump())
 
 
 class Recipe(_Part):

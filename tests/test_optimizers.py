@@ -272,7 +272,7 @@ def test_a_young_field_counts_where_it_is_set() -> None:
 def test_rows_with_another_step_size_state_a_multiple_of_the_common_rate() -> None:
     settings = ArenaSettings(schemes=("W2G64",))
     sgd = settings.recipe("W2G64", "jacquant_sgd", 2e-4, 0).train
-    assert (sgd.learning_rate, sgd.scale_learning_rate, sgd.rest_learning_rate) == (2e-4 * 100, 2e-4, 2e-4)
+    assert (sgd.learning_rate, sgd.scale_learning_rate, sgd.rest_learning_rate) == (2e-4 * 30, 2e-4, 2e-4)
     muon = settings.recipe("W2G64", "jacquant_muon", 2e-4, 0).train
     assert (muon.optim, muon.learning_rate, muon.scale_learning_rate) == ("muon", 2e-4, None)
-    assert settings.recipe("W2G64", "lion", 1e-3, 0).train.learning_rate == pytest.approx(2e-4)
+    assert settings.recipe("W2G64", "lion", 1e-3, 0).train.learning_rate == pytest.approx(3e-4)

@@ -48,10 +48,10 @@ _RECOMMENDED = {"preset": "recommended"}
 _CLIPPED: dict[str, Any] = {"name": "clipped_ste", "edge": "level"}
 _SGD: dict[str, Any] = {
     "train": {"optim": "sgd", "optim_options": {"momentum": 0.9}, "rest_optim": "adamw_torch"},
-    "rate_factor": 100.0,
+    "rate_factor": 30.0,
 }
 """AdamW keeps what is no latent weight, at the common rate: rows then differ by the latent weights' steps alone."""
-_SGD_NOTE = "momentum .9; latent weights at 100 times the common rate, scales and the rest by AdamW at the common rate"
+_SGD_NOTE = "momentum .9; latent weights at 30 times the common rate, scales and the rest by AdamW at the common rate"
 _MUON: dict[str, Any] = {"train": {"optim": "muon"}}
 _MUON_NOTE = "steps scaled to the size of AdamW's, which moves scales and the rest, all at the common rate"
 
@@ -260,10 +260,10 @@ METHODS: dict[str, Method] = {
     "lion": Method(
         summary="Clipped STE, every parameter by Lion (signs of the momentum).",
         papers=("2302.06675",),
-        note="at a fifth of the common rate, as the paper advises",
+        note="at .3 of the common rate; the paper advises a third to a tenth",
         surrogate=_CLIPPED,
         train={"optim": "lion"},
-        rate_factor=0.2,
+        rate_factor=0.3,
     ),
     "schedule_free": Method(
         summary="Clipped STE, every parameter by schedule-free AdamW; what ships is its average.",
@@ -277,6 +277,28 @@ METHODS: dict[str, Method] = {
         note="decay .99; a usual trick, of no paper in particular",
         surrogate=_CLIPPED,
         train={"ema_decay": 0.99},
+    ),
+    "fpq": Method(
+        summary="Clipped STE with distillation of standardized hidden states and noise of one activation step.",
+        papers=("2503.11159",),
+        note="for language models by us: a notional 8-bit step per token, means in place of sums",
+        surrogate=_CLIPPED,
+        objective={"kl": 1.0, "features": 1.0},
+        train={"activation_noise": 0.1},
+    ),
+    "consistency": Method(
+        summary="Clipped STE, and agreement of two noisy views with a slow copy of itself.",
+        papers=("2402.13497",),
+        note="views are token dropout; weight, decay and clean main loss are ours",
+        surrogate=_CLIPPED,
+        objective={"kl": 1.0, "consistency": 1.0},
+    ),
+    "sqakd": Method(
+        summary="EWGS, no labels, distillation at temperature 4.",
+        papers=("2309.11220", "2104.00903"),
+        note="EWGS' delta is fixed at .001 where the paper follows the Hessian; mean over tokens",
+        surrogate="ewgs",
+        objective={"kl": 1.0, "temperature": 4.0},
     ),
     "clipped_ste_from_gptq": Method(
         summary="Clipped STE from the start that GPTQ gives.",

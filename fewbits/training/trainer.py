@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from fewbits.convert import owned_layers
 from fewbits.data import TokenBlocks
-from fewbits.objectives import Objective
+from fewbits.objectives import Objective, feature_distance
 from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
+from fewbits.training.activation_noise import ActivationNoise
 from fewbits.training.averaging import EMACallback, WeightEMA
 from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback, first_non_finite
+from fewbits.training.consistency import CONSISTENCY_FILE, Consistency
 
 
 class TrainingDiverged(RuntimeError):
@@ -38,6 +41,8 @@ class QATSettings:
         optim: optimizer of latent weights, see :func:`fewbits.optim.build_optimizer`; None means ``args.optim``.
         rest_optim: optimizer of everything else; None means the same.
         optim_options: keyword arguments of the optimizer of latent weights.
+        activation_noise: probability of :class:`~fewbits.training.activation_noise.ActivationNoise` per layer and pass.
+        activation_noise_bits: of the notional quantizer whose step is the width of that noise.
         ema_decay: ship the mean :class:`~fewbits.training.averaging.WeightEMA` of the iterates; None ships the last.
         keep_best_interval: steps between looks of :class:`~fewbits.training.best.KeepBest`, if the trainer has blocks.
 
@@ -52,6 +57,8 @@ class QATSettings:
     optim: str | None = None
     rest_optim: str | None = None
     optim_options: Mapping[str, Any] = field(default_factory=dict)
+    activation_noise: float = 0.0
+    activation_noise_bits: int = 8
     ema_decay: float | None = None
     keep_best_interval: int = 50
 
@@ -65,6 +72,7 @@ class QATSettings:
         for chosen in (self.optim, self.rest_optim):
             if chosen is not None:
                 check_optimizer_name(chosen)
+        ActivationNoise(self.activation_noise, self.activation_noise_bits)
         if self.ema_decay is not None:
             WeightEMA(self.ema_decay)
             if is_schedule_free(self.optim):
@@ -103,8 +111,8 @@ class QATTrainer(Trainer):
             raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
         if self.settings.objective.needs_teacher and teacher is None:
             raise ValueError(
-                "the objective distils (kl > 0) but there is no teacher; pass teacher= (for example a deepcopy of the "
-                "model before prepare) or Objective(cross_entropy=1, kl=0)"
+                "the objective distils (kl > 0 or features > 0) but there is no teacher; pass teacher= (for example a "
+                "deepcopy of the model before prepare) or Objective(cross_entropy=1, kl=0)"
             )
         if teacher is not None:
             shared = {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in teacher.parameters()}
@@ -119,15 +127,22 @@ class QATTrainer(Trainer):
             Path(self.args.output_dir or ".") / "metrics.jsonl", telemetry_interval=self.settings.telemetry_interval
         )
         self.add_callback(self.qat_callback)
-        self._extras: list[Any] = [self.qat_callback.telemetry]
+        self._loaders: list[Callable[[Path], None]] = [self.qat_callback.telemetry.load]
+        ActivationNoise(self.settings.activation_noise, self.settings.activation_noise_bits).attach(model)
         self._add_averages(best_blocks)
 
     def _add_averages(self, best_blocks: TokenBlocks | None) -> None:
         s, ema = self.settings, None
+        self.consistency: Consistency | None = None
+        if s.objective.consistency > 0:
+            o = s.objective
+            self.consistency = Consistency(decay=o.consistency_decay, dropout=o.consistency_dropout)
+            self.add_callback(EMACallback(self.consistency.ema, file=CONSISTENCY_FILE, deploy=False))
+            self._loaders.append(partial(self.consistency.ema.load, file=CONSISTENCY_FILE))
         if s.ema_decay is not None:
             ema = WeightEMA(s.ema_decay)
             self.add_callback(EMACallback(ema))
-            self._extras.append(ema)
+            self._loaders.append(ema.load)
         if best_blocks is not None:
             distils = s.objective.kl > 0
             best = KeepBest(
@@ -140,7 +155,7 @@ class QATTrainer(Trainer):
                 metrics=self.qat_callback.metrics,
             )
             self.add_callback(best)
-            self._extras.append(best)
+            self._loaders.append(best.load)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer that the settings name, over latent weights, scales and the rest."""
@@ -169,12 +184,21 @@ class QATTrainer(Trainer):
         del num_items_in_batch
         labels = inputs["labels"]
         rest = {k: v for k, v in inputs.items() if k != "labels"}
-        outputs = model(**rest)
+        objective = self.settings.objective
+        states = {"output_hidden_states": True} if objective.features else {}
+        outputs = model(**rest, **states)
         teacher_logits = None
-        if self.teacher is not None and self.settings.objective.needs_teacher:
+        if self.teacher is not None and objective.needs_teacher:
             with torch.no_grad():
-                teacher_logits = self.teacher(**rest).logits
-        loss = self.settings.objective(outputs.logits, labels, teacher_logits)
+                taught = self.teacher(**rest, **states)
+            teacher_logits = taught.logits
+        loss = objective(outputs.logits, labels, teacher_logits)
+        if objective.features:
+            loss = loss + objective.features * feature_distance(
+                outputs.hidden_states, taught.hidden_states, labels, objective.feature_layers
+            )
+        if self.consistency is not None and model.training:
+            loss = loss + objective.consistency * self.consistency.loss(model, rest, labels)
         if model.training and not bool(torch.isfinite(loss)):
             raise TrainingDiverged(self._diagnosis(float(loss.detach())))
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
@@ -204,5 +228,5 @@ class QATTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for extra in self._extras:
-            extra.load(Path(resume_from_checkpoint))
+        for load in self._loaders:
+            load(Path(resume_from_checkpoint))

@@ -1,7 +1,9 @@
-"""Losses of a quantized student: cross-entropy on labels, KL to a frozen teacher, mixed by weights."""
+"""Cross-entropy on labels, KL to a frozen teacher, and the weights by which losses are mixed."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,20 +60,33 @@ def kl_divergence(logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, tem
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    r"""``cross_entropy * CE + kl * KL`` with the teacher at ``temperature``.
+    r"""``cross_entropy * CE + kl * KL + features * CSD + consistency * CR``, the teacher at ``temperature``.
+
+    The call gives the first two terms. The others need hidden states or another forward pass: the trainer adds them,
+    see :func:`fewbits.objectives.feature_distance` and :class:`fewbits.training.consistency.Consistency`.
 
     Args:
         cross_entropy: weight of the labels' loss, >= 0.
         kl: weight of the distillation loss, >= 0; needs a teacher.
         temperature: of the distillation, > 0.
+        features: weight of the distance of standardized hidden states, >= 0; needs a teacher.
+        feature_layers: which hidden states (0 is the embedding); None for the output of every block.
+        consistency: weight of the disagreement of two noisy views, >= 0; in training only.
+        consistency_decay: of the slow copy that is agreed with, in [0, 1).
+        consistency_dropout: share of the tokens that a view lacks, in [0, 1).
 
     Raises:
-        ValueError: for negative or all-zero weights, or a temperature that is not positive.
+        ValueError: for negative weights, no weight on labels or teacher, or other values out of range.
     """
 
     cross_entropy: float = 0.0
     kl: float = 1.0
     temperature: float = 1.0
+    features: float = 0.0
+    feature_layers: Sequence[int] | None = None
+    consistency: float = 0.0
+    consistency_decay: float = 0.999
+    consistency_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         if self.cross_entropy < 0 or self.kl < 0 or self.cross_entropy + self.kl == 0:
@@ -80,11 +95,19 @@ class Objective:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
+        for name in ("features", "consistency"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"objective weight {name}={getattr(self, name)} must be a finite number >= 0")
+        for name in ("consistency_decay", "consistency_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        if self.feature_layers is not None and not self.feature_layers:
+            raise ValueError("feature_layers is empty; name hidden states, or leave it out for all blocks")
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether teacher logits are read."""
-        return self.kl > 0
+        """Whether a teacher is asked: for logits or for hidden states."""
+        return self.kl > 0 or self.features > 0
 
     def __call__(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
         """The loss of next-token prediction; logits at position t are scored on the label at t + 1."""
