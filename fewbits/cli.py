@@ -160,10 +160,13 @@ def export(
     """Write the packed model, read it back and prove it equal; a file that fails is kept as `.rejected`."""
     from fewbits.export import export_verified
     from fewbits.recipe import Recipe
+    from fewbits.verify import record
 
     name = target or Recipe.load(run_folder / "recipe.yaml").target
     where, report = export_verified(run_folder, name, output, overwrite=overwrite)
-    out.print(report.to_text())
+    if output is None:
+        record(run_folder, report)
+    out.print(escape(report.to_text()))
     out.print(f"{'exported to' if report.passed else 'NOT EQUAL, kept at'} {where}")
     if not report.passed:
         raise typer.Exit(1)
@@ -173,19 +176,25 @@ def export(
 def verify(
     reference: Annotated[Path, typer.Argument(help="The run whose trained model is the truth.", metavar="RUN")],
     folder: Annotated[Path | None, typer.Argument(help="An export; every export of the run if not given.")] = None,
+    engines: Annotated[bool, typer.Option(help="Ask the engines that are installed.")] = True,
 ) -> None:
-    """Reload an export and compare: codes and scales bit for bit, logits by difference and KL; status 1 if unequal."""
+    """Reload exports and compare: codes and scales bit for bit, logits of the engine itself; status 1 if unequal."""
+    from fewbits.targets import folder_name
+    from fewbits.verify import ROW_HEADER, record
     from fewbits.verify import verify as verify_export
 
     folders = [folder] if folder is not None else sorted(p for p in (reference / "export").glob("*") if p.is_dir())
+    folders = [p for p in folders if folder is not None or not p.name.endswith(".rejected")]
     if not folders:
         raise ValueError(f"{reference} has no export; run: fewbits export {reference} --target hf")
-    failed = False
+    reports = []
     for path in folders:
-        report = verify_export(reference, path)
-        out.print(report.to_text())
-        failed |= not report.passed
-    if failed:
+        reports.append(verify_export(reference, path, engines=engines))
+        out.print(escape(reports[-1].to_text()))
+        if folder is None and path.name == folder_name(reports[-1].target):
+            record(reference, reports[-1])
+    out.print(_table(ROW_HEADER, [report.row for report in reports]))
+    if not all(report.passed for report in reports):
         raise typer.Exit(1)
 
 

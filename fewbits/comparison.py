@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from fewbits.targets.engine import Level
+
 Logits = Callable[[Tensor], Tensor]
 """Token ids ``(sequences, length)`` to logits ``(sequences, length, vocabulary)``."""
 
@@ -24,6 +26,7 @@ class Difference(BaseModel):
         what: in words.
         num_different: entries that differ, or None where counting has no meaning.
         num_total: entries compared.
+        level: of the comparison: ``weights`` has no tolerance, ``float`` and ``int8`` are an engine's arithmetic.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +35,7 @@ class Difference(BaseModel):
     what: str
     num_different: int | None = None
     num_total: int | None = None
+    level: Level = "weights"
 
 
 class LogitsComparison(BaseModel):
@@ -44,6 +48,7 @@ class LogitsComparison(BaseModel):
         bitwise_equal: whether all logits are the same, bit for bit (0.0 and -0.0 count as the same).
         finite: whether all logits of both are finite.
         num_tokens: positions compared.
+        max_abs_logit: largest logit of the reference.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +59,7 @@ class LogitsComparison(BaseModel):
     bitwise_equal: bool
     finite: bool
     num_tokens: int
+    max_abs_logit: float = 0.0
 
 
 @contextmanager
@@ -109,7 +115,7 @@ def compare_logits(expected: Logits, found: Logits, ids: Tensor) -> LogitsCompar
         ids: int ``(sequences, length)``.
     """
     num_different = num_same_top = 0
-    worst = kl = 0.0
+    worst = largest = kl = 0.0
     finite = True
     with torch.no_grad():
         for rows in ids.split(max(1, _TOKENS_AT_ONCE // ids.shape[1])):
@@ -123,7 +129,7 @@ def compare_logits(expected: Logits, found: Logits, ids: Tensor) -> LogitsCompar
                 a, b = (x.double() + 0.0 for x in pair)
                 finite &= bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())
                 num_different += count_different(a, b)
-                worst = max(worst, float((a - b).abs().max()))
+                worst, largest = max(worst, float((a - b).abs().max())), max(largest, float(a.abs().max()))
                 log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
                 kl += float((log_p.exp() * (log_p - log_q)).sum())
                 num_same_top += int((a.argmax(-1) == b.argmax(-1)).sum())
@@ -134,4 +140,5 @@ def compare_logits(expected: Logits, found: Logits, ids: Tensor) -> LogitsCompar
         bitwise_equal=num_different == 0,
         finite=finite,
         num_tokens=ids.numel(),
+        max_abs_logit=largest,
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 from fewbits import plots
 from fewbits.evaluate import EvalResult
-from fewbits.io import write_text
+from fewbits.io import read_json_object, write_text
 from fewbits.pipeline import EVAL_FILE, RECIPE_FILE, read_scores
 from fewbits.recipe import Recipe
 from fewbits.training.metrics import read_metrics
+from fewbits.verify import ROW_HEADER, VerifyReport
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
@@ -113,6 +114,9 @@ def write_report(folder: str | Path) -> Path:
     )
     if Recipe.load(folder / RECIPE_FILE).train.max_steps > 0:
         sections |= training_figures({"run": folder})
+    verdicts = [VerifyReport(**read_json_object(path)) for path in sorted(folder.glob("export/*/verify.json"))]
+    if verdicts:
+        sections["Exports"] = html_table(ROW_HEADER, [verdict.row for verdict in verdicts])
     for path in sorted(folder.glob("export/*/verify.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))
         sections[f"Export {path.parent.name}"] = f"<pre>{html.escape(json.dumps(verdict, indent=1)[:4000])}</pre>"

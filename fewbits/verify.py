@@ -1,8 +1,10 @@
-"""Proof that an export is the trained model: the file is read back and compared, bit for bit.
+"""Proof that an export is the trained model: the file is read back and compared, and its engine is asked.
 
-Four things must agree: the SHA-256 of every file with what was written; codes and scales of every layer with the codes
-of the trained model; every other tensor (norms, biases, embeddings) with its own; and the logits of the reloaded file,
-on a fixed set of tokens, with the logits of the trained model in the same dtype. Nothing here has a tolerance.
+Four things must agree without a tolerance: the SHA-256 of every file with what was written; codes and scales of every
+layer with the codes of the trained model; every other tensor (norms, biases, embeddings) with its own; and, where
+Transformers is the engine, its logits on a fixed set of tokens with those of the trained model in the same dtype.
+
+Then the engine that the file is for is asked what it makes of it (:mod:`fewbits.engines`), where it is installed.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ from fewbits.comparison import (
     fixed_tokens,
     tensor_difference,
 )
+from fewbits.engines import EngineVerdict, ask_engines
 from fewbits.evaluate import versions
-from fewbits.io import write_json
+from fewbits.io import read_json_object, write_json
 from fewbits.manifest import VERIFY_FILE, changed_files, read_manifest
 from fewbits.qtensor import QTensor
 from fewbits.targets import Target, get_target
 from fewbits.targets.base import model_codes
 
 _MAX_ROWS = 20
+ROW_HEADER = ("target", "level", "codes equal", "max |diff|", "KL", "top-1", "verdict")
+"""Of a table with one row for each target: level of the first difference, or the last one that was asked."""
 
 
 class VerifyReport(BaseModel):
@@ -47,6 +52,7 @@ class VerifyReport(BaseModel):
         differences: everything that differs.
         logits: the reloaded file against the trained model in the file's dtype; None if it could not be loaded.
         logits_to_trained: the reloaded file against the trained model in its own dtype, for information.
+        engines: what the engines say, in the order of the levels; empty if none is installed or was asked.
         notes: what a reader should know besides.
         versions: of fewbits and what it stands on.
     """
@@ -62,12 +68,26 @@ class VerifyReport(BaseModel):
     differences: list[Difference]
     logits: LogitsComparison | None
     logits_to_trained: LogitsComparison | None
+    engines: list[EngineVerdict] = []
     notes: list[str]
     versions: dict[str, str]
 
     def save(self, folder: str | Path) -> None:
         """Write ``verify.json`` into an export."""
         write_json(Path(folder) / VERIFY_FILE, self.model_dump())
+
+    @property
+    def row(self) -> list[str]:
+        """The cells of :data:`ROW_HEADER`: numbers are the engine's at the last level that it was asked at."""
+        asked = [verdict for verdict in self.engines if verdict.logits is not None]
+        last = asked[-1].logits if asked else self.logits
+        different = sum(row.num_different or 1 for row in self.differences if row.level == "weights")
+        level = next((row.level for row in self.differences), self.engines[-1].level if self.engines else "weights")
+        codes = f"{self.num_codes}" if self.num_codes else "-"
+        cells = ["-"] * 3 if last is None else [
+            f"{last.max_abs_diff:.2g}", f"{last.kl:.2g}", f"{last.top1_agreement:.4f}"
+        ]  # fmt: skip
+        return [self.target, level, codes if not different else "no", *cells, "equal" if self.passed else "NOT EQUAL"]
 
     def to_text(self) -> str:
         """A table for people."""
@@ -80,6 +100,8 @@ class VerifyReport(BaseModel):
                 equal = "bitwise equal" if found.bitwise_equal else f"max |difference| {found.max_abs_diff:.3g}"
                 rest = f"KL {found.kl:.3g}, top-1 agreement {found.top1_agreement:.4f}, {found.num_tokens} tokens"
                 lines.append(f"  {title}: {equal}, {rest}")
+        for verdict in self.engines:
+            lines.append(f"  {verdict.engine} ({verdict.level}): {_measured(verdict)}")
         for row in self.differences[:_MAX_ROWS]:
             count = "" if row.num_different is None else f" ({row.num_different} of {row.num_total})"
             lines.append(f"  ! {row.where}: {row.what}{count}")
@@ -94,6 +116,7 @@ def verify(
     *,
     token_ids: Tensor | None = None,
     save: bool = True,
+    engines: bool = True,
 ) -> VerifyReport:
     """Reload an export and compare it with the trained model.
 
@@ -102,6 +125,7 @@ def verify(
         folder: the export.
         token_ids: int ``(sequences, length)`` to compare logits on; None draws a fixed set.
         save: write the report to ``verify.json`` in the export.
+        engines: ask the engines that are installed, once everything else is equal.
 
     Returns:
         The report; ``passed`` is False for any difference, a damaged file and the export of another model included.
@@ -120,7 +144,15 @@ def verify(
         rows, num_layers = _compare_codes(target, folder, codes)
         more, num_tensors = _compare_tensors(target, folder, model)
         last, notes, logits, to_trained = _compare_logits(target, folder, model, ids)
-    differences += rows + more + last
+        differences += rows + more + last
+        verdicts: list[EngineVerdict] = []
+        if engines and not differences:
+            verdicts, rows, more_notes = _ask(target, folder, model, codes, ids)
+            differences, notes = differences + rows, notes + more_notes
+            if logits is None and not verdicts and not notes:
+                notes.append(f"no engine of {target.name!r} can be installed beside fewbits; logits were not compared")
+        elif engines:
+            notes.append("engines are asked only about files without differences")
     report = VerifyReport(
         target=target.name,
         folder=str(folder),
@@ -131,6 +163,7 @@ def verify(
         differences=differences,
         logits=logits,
         logits_to_trained=to_trained,
+        engines=verdicts,
         notes=notes,
         versions=versions(),
     )
@@ -197,7 +230,7 @@ def _compare_logits(
     except Exception as error:  # a damaged folder can make any library raise anything, and the verdict is the same
         return [Difference(where="loading", what=f"the export does not load: {str(error)[:400]}")], [], None, None
     if loaded is None:
-        return [], [f"{target.name} runs only in its engine; logits were not compared"], None, None
+        return [], [], None, None
     device = next(model.parameters()).device
     loaded, ids = loaded.to(device).eval(), ids.to(device)
     truth = target.reference(model)
@@ -213,6 +246,35 @@ def _compare_logits(
     if not logits.bitwise_equal:
         rows.append(Difference(where="logits", what=f"differ by up to {logits.max_abs_diff:.3g}, KL {logits.kl:.3g}"))
     return rows, notes, logits, trained
+
+
+def _ask(
+    target: Target, folder: Path, model: Any, codes: dict[str, QTensor], ids: Tensor
+) -> tuple[list[EngineVerdict], list[Difference], list[str]]:
+    truth = target.reference(model)
+    ids = ids.to(next(model.parameters()).device)
+    return ask_engines(target, folder, model, codes, ids, truth, _forward(truth))
+
+
+def _measured(verdict: EngineVerdict) -> str:
+    found, verb = verdict.logits, "ok" if verdict.passed else "NOT OK"
+    if found is None:
+        weights = (
+            "" if verdict.num_total is None else f"{verdict.num_different} of {verdict.num_total} weights differ, "
+        )
+        return f"{weights}{verb} ({verdict.limit})"
+    text = f"max |difference| {found.max_abs_diff:.3g} of logits up to {found.max_abs_logit:.3g}, KL {found.kl:.3g}, "
+    text += f"top-1 agreement {found.top1_agreement:.4f}, {verb} ({verdict.limit})"
+    if verdict.control is not None:
+        text += f"; our model with activations so rounded: KL {verdict.control.kl:.3g}"
+    return text
+
+
+def record(run_folder: str | Path, report: VerifyReport) -> None:
+    """Put a report into ``verify.json`` of a run, which has one entry for each target."""
+    path = Path(run_folder) / VERIFY_FILE
+    targets = read_json_object(path).get("targets", {}) if path.is_file() else {}
+    write_json(path, {"targets": targets | {report.target: report.model_dump()}})
 
 
 def _forward(model: Any, buffers: dict[str, Tensor] | None = None) -> Logits:

@@ -46,7 +46,12 @@ def test_export_verify_and_report(finished: Path) -> None:
         result = call("export", run, "--target", target)
         assert result.exit_code == 0, result.output
         assert (run / "export" / target / "verify.json").exists()
-    assert call("verify", run).exit_code == 0
+    result = call("verify", run)
+    assert result.exit_code == 0
+    for cell in ("codes equal", "max |diff|", "top-1", "verdict", "weights", "dequantized"):
+        assert cell in result.output, result.output
+    assert set(json.loads((run / "verify.json").read_text())["targets"]) == {"hf", "dequantized"}
+    assert call("verify", run, "--no-engines").exit_code == 0
     assert "already" in call("export", run, "--target", "hf").output
     assert call("export", run, "--overwrite").exit_code == 0
     page = Path(call("report", run).output.strip()).read_text()

@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 
+from fewbits.targets import ggml
 from fewbits.targets.gguf_codec import PACK, UNPACK, dequantize
 from fewbits.targets.gguf_types import GGUF_TYPES
-from fewbits.testing import ggml
 
 IN_GGUF_PY = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"]
 C_TYPES = [name for name in GGUF_TYPES if name != "F32"]

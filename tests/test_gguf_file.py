@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbits.grids import Int
+from fewbits.targets import ggml
 from fewbits.targets.gguf_blocks import pack_f32
 from fewbits.targets.gguf_codec import dequantize
 from fewbits.targets.gguf_file import ALIGNMENT, GGUFTensor, write_gguf
 from fewbits.targets.gguf_reader import read_gguf
 from fewbits.targets.gguf_tensor import pack_tensor
 from fewbits.targets.gguf_types import GGUF_TYPES
-from fewbits.testing import ggml
 
 SCALARS = {
     "u8": np.uint8(250), "i8": np.int8(-3), "u16": np.uint16(65535), "i16": np.int16(-300), "u32": np.uint32(2**32 - 1),

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.grids import Binary, Codebook, HalfShifted, Int, Ternary
+from fewbits.targets import ggml
 from fewbits.targets.gguf_codec import dequantize
 from fewbits.targets.gguf_plan import choose_type, plan
 from fewbits.targets.gguf_tensor import pack_tensor, unpack_tensor
 from fewbits.targets.gguf_types import GGUF_TYPES, gguf_type
-from fewbits.testing import ggml
 
 IN_GGUF_PY = ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"]
 QUANTIZED = [name for name, kind in GGUF_TYPES.items() if kind.codes is not None]

@@ -24,7 +24,7 @@ ORDER = [
     "corpora", "data", "smollm2", "recipe",
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",
-    "manifest", "comparison", "verify", "export",
+    "manifest", "comparison", "engines", "verify", "export",
     "inspection", "pipeline", "plots", "report", "diagnose", "arena", "demo",
     "cli_arena", "cli_runtime", "cli_diagnose", "cli", "testing",
 ]  # fmt: skip

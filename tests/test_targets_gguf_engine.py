@@ -36,15 +36,14 @@ from fewbits.comparison import LogitsComparison, compare_logits
 from fewbits.convert import qat_layers
 from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.pretrained import load_model, load_tokenizer
-from fewbits.targets import gguf
+from fewbits.targets import gguf, llamacpp
 from fewbits.targets.gguf import GGUF
 from fewbits.targets.gguf_contents import FILE
 from fewbits.targets.gguf_file import GGUFTensor, write_gguf
 from fewbits.targets.gguf_reader import read_gguf
 from fewbits.targets.gguf_tokenizer import tokenizer_metadata
-from fewbits.testing import llamacpp
+from fewbits.targets.llamacpp import LlamaCpp
 from fewbits.testing.ggml_activations import int8_per_32, round_q8_0, round_q8_k
-from fewbits.testing.llamacpp import LlamaCpp
 
 CONTROL = 5e-5
 """fp32 sums in another order: seen below 2e-5."""

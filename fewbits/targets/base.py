@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from fewbits.nn import QATLayer, QuantizedLayer
 from fewbits.pretrained import from_pretrained, refuse_missing
 from fewbits.qtensor import QTensor
 from fewbits.scheme import Scheme
+from fewbits.targets.engine import EngineCheck
 
 Layer = QATLayer | QuantizedLayer
 
@@ -69,6 +71,13 @@ class Target(Protocol):
 
     def reference(self, model: Any) -> nn.Module:
         """The module whose logits :meth:`load`'s module must match bit for bit (often ``model`` itself)."""
+        ...
+
+    def engine_checks(self, folder: Path) -> Sequence[EngineCheck]:
+        """What to ask the engine about a file that :meth:`read_codes` and :meth:`read_tensors` found right.
+
+        Empty where the engine is Transformers, which :meth:`load` asks, or where no engine can be installed beside it.
+        """
         ...
 
 

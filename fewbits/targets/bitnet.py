@@ -10,7 +10,12 @@ trained here has no such rounding, so the logits of this engine are close, not e
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +30,8 @@ from fewbits.qtensor import QTensor
 from fewbits.scheme import Scheme
 from fewbits.targets.affine import Fit, Judgement, assemble, codes_from_stored, refuse_scheme, stored_codes, times
 from fewbits.targets.base import patch_config, plain_tensors, save_plain
+from fewbits.targets.dequantized import reference_fp32
+from fewbits.targets.engine import EngineCheck, with_version
 from fewbits.targets.gguf_plan import integer_levels
 from fewbits.targets.layers import linear_codes, other_tensors, read_layers, stored_tensor, write_layers
 from fewbits.weight_files import read_folder
@@ -142,17 +149,56 @@ class BitNet:
     def load(self, folder: Path, like: Any) -> None:
         """None: the engine's layer rounds activations, so its logits are others; see :meth:`engine_logits`."""
 
-    def engine_logits(self, folder: Path, ids: Tensor) -> Tensor:
-        """Logits of Transformers' own BitNet layers, fp32 ``(sequences, length, vocabulary)``; nothing is compiled."""
-        with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            model, info = from_pretrained(folder, dtype="auto")
+    def engine_logits(self, folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:
+        """Logits of Transformers' own BitNet layers, fp32 ``(sequences, length, vocabulary)``; nothing is compiled.
+
+        Args:
+            folder: the export.
+            ids: int ``(sequences, length)``.
+            exact: in fp32 and without the layers' rounding of activations, as a control of everything else.
+        """
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), _rounding_left_out(exact):
+            model, info = from_pretrained(folder, dtype=torch.float32 if exact else "auto")
             refuse_missing(folder, info["missing_keys"])
-            logits: Tensor = model(input_ids=ids, use_cache=False).logits
+            logits: Tensor = model(input_ids=ids.cpu(), use_cache=False).logits
             return logits.float()
 
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """Transformers' layers without their rounding of activations, and with it."""
+        engine = with_version("transformers")
+        ask = functools.partial(self.engine_logits, folder)
+        return (
+            EngineCheck(engine=f"{engine}, fp32 activations", level="float", logits=functools.partial(ask, exact=True)),
+            EngineCheck(engine=f"{engine}, int8 activations", level="int8", logits=ask),
+        )
+
     def reference(self, model: Any) -> nn.Module:
-        """The trained model itself."""
-        return model
+        """The trained model itself, or (of a model in bf16) the model of its dequantized weights in fp32."""
+        return reference_fp32(model)
+
+
+@contextmanager
+def _rounding_left_out(wanted: bool) -> Iterator[None]:
+    """Transformers' BitNet layers with their inputs as they are."""
+    if not wanted:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its functions are compiled ones, and torch warns about its own compiler
+        module: Any = importlib.import_module("transformers.integrations.bitnet")
+    original = module.ActQuant
+    module.ActQuant = _AsItIs
+    try:
+        yield
+    finally:
+        module.ActQuant = original
+
+
+class _AsItIs:
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        """The input."""
+        return x
 
 
 def pack_rows(stored: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from fewbits.targets.affine import (
     times,
 )
 from fewbits.targets.base import load_whole, patch_config, plain_tensors, save_plain
+from fewbits.targets.engine import EngineCheck
 from fewbits.targets.layers import (
     linear_codes,
     other_tensors,
@@ -197,6 +198,10 @@ class CompressedTensors:
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself."""
         return model
+
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """None: Transformers is the engine; :meth:`load` asks it."""
+        return ()
 
 
 @torch.no_grad()

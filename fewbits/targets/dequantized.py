@@ -32,6 +32,7 @@ from fewbits.targets.base import (
     ties,
     trained_layers,
 )
+from fewbits.targets.engine import EngineCheck
 from fewbits.weight_files import read_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -118,6 +119,10 @@ class Dequantized:
             attn_implementation=getattr(model.config, "_attn_implementation", None),
         )
 
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """None: Transformers is the engine; :meth:`load` asks it."""
+        return ()
+
     def _state(self, model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """The plain model's state: ``weights`` of the owners ``(out_features, in_features)``, everything else cast."""
         turned = transposed(model)
@@ -133,6 +138,13 @@ def _trained_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, QATLayer):
         return fake_quantize(layer.latent().detach().float(), layer.scheme, layer.raw_scale()).to(dtype)
     return layer.qtensor().dequantize(dtype)
+
+
+def reference_fp32(model: Any) -> nn.Module:
+    """The trained model itself, or (of a model in bf16 or fp16) the model of its dequantized weights in fp32."""
+    if all(p.dtype == torch.float32 for p in model.parameters()) and model.dtype == torch.float32:
+        return model
+    return Dequantized("fp32").reference(model)
 
 
 def transposed(model: Any) -> set[str]:

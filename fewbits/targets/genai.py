@@ -31,11 +31,12 @@ from fewbits.quantizer import Packed
 from fewbits.scheme import Scheme
 from fewbits.targets.affine import Fit, Judgement, affine_fit, explain_misfit, stored_codes
 from fewbits.targets.base import plain_tensors
-from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.dequantized import reference_fp32
+from fewbits.targets.engine import EngineCheck, with_version
 from fewbits.targets.gptq import GPTQLayer, write_gptq
 from fewbits.targets.layers import linear_codes, read_layers, require, write_layers
 from fewbits.targets.nbits import LEAVES, OP, WIDTHS, find_nbits, judge_nbits, node_attributes, pack_nbits, unpack_nbits
-from fewbits.targets.onnx_graph import DATA_FILE, FILE, read_onnx, with_accuracy
+from fewbits.targets.onnx_graph import DATA_FILE, FILE, nbits_checks, read_onnx, with_accuracy
 from fewbits.targets.words import pack_words
 
 CONFIG_FILE = "genai_config.json"
@@ -207,11 +208,13 @@ class GenAI:
                 row[: len(sequence)] = sequence
         return rows
 
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """onnxruntime-genai with fp32 activations, and with int8 ones where the file asks for them."""
+        return nbits_checks(folder, with_version("onnxruntime-genai"), self.engine_logits)
+
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself, or (of a model in bf16) the model of its dequantized weights in fp32."""
-        if all(p.dtype == torch.float32 for p in model.parameters()) and model.dtype == torch.float32:
-            return model
-        return Dequantized("fp32").reference(model)
+        return reference_fp32(model)
 
 
 def _carrier_fit(scheme: Scheme) -> Fit | None:

@@ -31,9 +31,11 @@ from fewbits.pretrained import from_pretrained, refuse_missing
 from fewbits.qtensor import QTensor
 from fewbits.scheme import Scheme
 from fewbits.targets.base import model_codes, owners, plain_tensors, schemes
-from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.dequantized import reference_fp32
+from fewbits.targets.engine import EngineCheck
 from fewbits.targets.gguf_codec import dequantize
 from fewbits.targets.gguf_contents import FILE, LAYERS_KEY, describe_layers, described_layers, open_export, places_of
+from fewbits.targets.gguf_engine import llamacpp_checks
 from fewbits.targets.gguf_file import GGUFTensor, MetaValue, write_gguf
 from fewbits.targets.gguf_layer import (
     Order,
@@ -215,7 +217,7 @@ class GGUF:
                         fake_quantize(layer.latent().detach().float(), layer.scheme, layer.raw_scale())
                         if isinstance(layer, QATLayer)
                         else layer.qtensor().dequantize()
-                    )
+                    ) + 0.0  # of -0.0, which rounding leaves of small negative weights, and codes do not know
         factors = rope_factors(model.config)
         return expected if factors is None else expected | {ROPE_FREQS: torch.from_numpy(factors)}
 
@@ -233,11 +235,13 @@ class GGUF:
         refuse_missing(folder, info["missing_keys"])
         return model
 
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """llama.cpp: its dequantizer, an F32 file of the same weights as a control, and the file itself."""
+        return llamacpp_checks(folder, quantized=self.has_codes)
+
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself, or (of a model in bf16) the model of its dequantized weights in fp32."""
-        if all(p.dtype == torch.float32 for p in model.parameters()) and model.dtype == torch.float32:
-            return model
-        return Dequantized("fp32").reference(model)
+        return reference_fp32(model)
 
 
 def _tensors(

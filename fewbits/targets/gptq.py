@@ -41,6 +41,7 @@ from fewbits.targets.affine import (
     times,
 )
 from fewbits.targets.base import patch_config, plain_tensors, save_plain
+from fewbits.targets.engine import EngineCheck
 from fewbits.targets.layers import linear_codes, other_tensors, read_layers, stored_tensor, write_layers
 from fewbits.targets.words import pack_words, unpack_words
 from fewbits.weight_files import read_folder
@@ -165,6 +166,10 @@ class GPTQ:
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself."""
         return model
+
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """None: GPTQModel, which Transformers reads GPTQ through, replaces the installed torch."""
+        return ()
 
 
 class GPTQLayer(NamedTuple):

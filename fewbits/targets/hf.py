@@ -21,6 +21,7 @@ from fewbits.qtensor import QTensor
 from fewbits.quantizer import METHOD, FewbitsConfig, Packed
 from fewbits.scheme import Scheme
 from fewbits.targets.base import load_whole, model_codes, patch_config, plain_tensors, save_plain, ties
+from fewbits.targets.engine import EngineCheck
 from fewbits.weight_files import read_folder
 
 _README = """# Packed by fewbits
@@ -94,6 +95,10 @@ class HF:
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself."""
         return model
+
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """None: Transformers is the engine; :meth:`load` asks it."""
+        return ()
 
 
 def _config(folder: Path) -> FewbitsConfig:

@@ -11,7 +11,9 @@ repeats MLX's arithmetic for every weight and refuses a single wrong one.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +43,8 @@ from fewbits.targets.affine import (
     times,
 )
 from fewbits.targets.base import model_codes, patch_config, plain_tensors, save_plain, ties
-from fewbits.targets.dequantized import transposed
+from fewbits.targets.dequantized import reference_fp32, transposed
+from fewbits.targets.engine import EngineCheck, with_version
 from fewbits.targets.layers import layers_config, require, stored_tensor, write_layers
 from fewbits.targets.words import num_words, pack_words, unpack_words
 from fewbits.weight_files import read_folder
@@ -189,20 +192,54 @@ class MLX:
     def load(self, folder: Path, like: Any) -> None:
         """None: MLX is no PyTorch; see :meth:`engine_logits`."""
 
-    def engine_logits(self, folder: Path, ids: Tensor) -> Tensor:
+    def engine_logits(self, folder: Path, ids: Tensor, *, exact: bool = False) -> Tensor:
         """Logits of mlx-lm itself, fp32 ``(sequences, length, vocabulary)``, on the machine's CPU or Apple GPU.
+
+        Args:
+            folder: the export.
+            ids: int ``(sequences, length)``.
+            exact: compute in fp32 whatever the dtype of the file; every number of the file is one of fp32.
 
         Raises:
             ImportError: without the packages mlx and mlx-lm.
         """
         core = require("mlx.core", "mlx")
         model, _ = require("mlx_lm.utils", "mlx").load_model(folder)
-        logits = model(core.array(ids.numpy())).astype(core.float32)
+        if exact:
+            model.set_dtype(core.float32)
+        logits = model(core.array(ids.cpu().numpy())).astype(core.float32)
         return torch.from_numpy(np.array(logits))
 
+    def engine_weights(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """Every weight as MLX dequantizes it in the dtype of the file, fp32, by layer name.
+
+        Raises:
+            ImportError: without the package mlx.
+        """
+        core = require("mlx.core", "mlx")
+        tensors, config, layers = read_folder(folder), _read_config(folder), layers_config(folder)
+        for name, place in _places(layers.packed(), layers.tied).items():
+            kind = config.get(place, config)
+            parts = [core.array(tensors[f"{place}.{leaf}"].numpy()) for leaf in ("weight", "scales", "biases")]
+            weight = core.dequantize(*parts, group_size=kind["group_size"], bits=kind["bits"], mode="affine")
+            yield name, torch.from_numpy(np.array(weight.astype(core.float32)))
+
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """MLX's own dequantization, and mlx-lm computing in fp32."""
+        return (
+            EngineCheck(
+                engine=with_version("mlx"), level="weights", weights=functools.partial(self.engine_weights, folder)
+            ),
+            EngineCheck(
+                engine=f"{with_version('mlx-lm')} in fp32",
+                level="float",
+                logits=functools.partial(self.engine_logits, folder, exact=True),
+            ),
+        )
+
     def reference(self, model: Any) -> nn.Module:
-        """The trained model itself."""
-        return model
+        """The trained model itself, or (of a model in bf16) the model of its dequantized weights in fp32."""
+        return reference_fp32(model)
 
 
 def _bias(fit: Fit) -> Fraction:

@@ -24,10 +24,11 @@ from fewbits.qtensor import QTensor
 from fewbits.scheme import Scheme
 from fewbits.targets.affine import Fit, Judgement
 from fewbits.targets.base import plain_tensors
-from fewbits.targets.dequantized import Dequantized
+from fewbits.targets.dequantized import reference_fp32
+from fewbits.targets.engine import EngineCheck, with_version
 from fewbits.targets.layers import linear_codes, read_layers, require, write_layers
 from fewbits.targets.nbits import LEAVES, OP, WIDTHS, Packing, find_nbits, judge_nbits, unpack_nbits
-from fewbits.targets.onnx_graph import CONSTANT, FILE, read_onnx, trace, with_accuracy
+from fewbits.targets.onnx_graph import CONSTANT, FILE, nbits_checks, read_onnx, trace, with_accuracy
 
 _ONE_FILE = 2**30
 """Bytes of tensors up to which everything lies in one file; protobuf ends at 2 GiB."""
@@ -153,8 +154,10 @@ class ONNX:
             session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             return torch.from_numpy(session.run(["logits"], {"input_ids": ids.long().cpu().numpy()})[0])
 
+    def engine_checks(self, folder: Path) -> tuple[EngineCheck, ...]:
+        """onnxruntime with fp32 activations, and with int8 ones where the file asks for them."""
+        return nbits_checks(folder, with_version("onnxruntime"), self.engine_logits)
+
     def reference(self, model: Any) -> nn.Module:
         """The trained model itself, or (of a model in bf16) the model of its dequantized weights in fp32."""
-        if all(p.dtype == torch.float32 for p in model.parameters()) and model.dtype == torch.float32:
-            return model
-        return Dequantized("fp32").reference(model)
+        return reference_fp32(model)

@@ -8,12 +8,13 @@ the exporter's optimizer would merge tensors that are equal, so that names were 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from fewbits.convert import replace_module_
 from fewbits.qtensor import QTensor
 from fewbits.targets.affine import Fit
+from fewbits.targets.engine import EngineCheck
 from fewbits.targets.layers import require
 from fewbits.targets.nbits import DOMAIN, LEAVES, OP, Packing, node_attributes, pack_nbits
 
@@ -178,3 +180,32 @@ def with_accuracy(folder: Path, level: int) -> Iterator[Path]:
             except OSError:
                 shutil.copyfile(folder / DATA_FILE, path.with_name(DATA_FILE))
         yield path
+
+
+def nbits_checks(folder: Path, engine: str, logits: Callable[..., Tensor]) -> tuple[EngineCheck, ...]:
+    """The checks of a graph: at accuracy level 0, and at 4 where the file says so.
+
+    Args:
+        folder: the export.
+        engine: its name.
+        logits: of a folder, token ids and the keyword ``accuracy_level``.
+
+    Raises:
+        ImportError: without onnx.
+    """
+    onnx = require("onnx", "onnx")
+    nodes = [node for node in onnx.load(str(folder / FILE), load_external_data=False).graph.node if node.op_type == OP]
+    said = [{a.name: a.i for a in node.attribute} for node in nodes]
+    ask = functools.partial(logits, folder)
+    exact = EngineCheck(
+        engine=f"{engine}, fp32 activations", level="float", logits=functools.partial(ask, accuracy_level=0)
+    )
+    if all(attributes.get("accuracy_level", 0) != 4 for attributes in said):
+        return (exact,)
+    rounded = EngineCheck(
+        engine=f"{engine}, int8 activations",
+        level="int8",
+        logits=functools.partial(ask, accuracy_level=4),
+        block=max(attributes["block_size"] for attributes in said),
+    )
+    return exact, rounded

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fewbits.targets.ggml import INSTALL, ggml_library
 from fewbits.targets.gguf_reader import read_gguf
-from fewbits.testing.ggml import INSTALL, ggml_library
 
 _KV_FP32 = 0
 _ERROR_LEVEL = 4
@@ -137,6 +137,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path | str, *, num_threads: int = 1, context_length: int = 512) -> None:
         self._model = self._context = None
+        self.path = Path(path)
         if read_gguf(path).metadata.get("tokenizer.ggml.model") in (None, "no_vocab"):
             raise ValueError(f"{path} has no vocabulary; llama.cpp would end this process on it")
         self._library = _library()
