@@ -163,6 +163,7 @@ def training_settings(recipe: Recipe) -> QATSettings:
         activation_noise=t.activation_noise,
         activation_noise_bits=t.activation_noise_bits,
         keep_best_interval=t.keep_best_interval,
+        codebooks=None if recipe.codebooks is None else recipe.codebooks.build(recipe.seed),
     )
 
 

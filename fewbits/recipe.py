@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fewbits.convert import Rule
 from fewbits.objectives import Objective
 from fewbits.optim.build import check_optimizer_name, is_schedule_free
+from fewbits.optim.codebooks import CodebookFit
 
 InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "lapq", "signround", "block_ap"]
 """Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
@@ -153,6 +154,18 @@ class ObjectiveSpec(_Part):
         return Objective(**self.model_dump())
 
 
+class CodebookSpec(_Part):
+    """When codebooks are fitted by k-means, see :class:`fewbits.optim.CodebookFit`."""
+
+    step: int = Field(default=0, ge=0, description="optimizer steps in full precision before the first fit")
+    refit_interval: int | None = Field(default=None, ge=1, description="None: fit once and freeze")
+    fisher: bool = Field(default=False, description="weigh by Adam's second moment")
+
+    def build(self, seed: int = 0) -> CodebookFit:
+        """The fit itself."""
+        return CodebookFit(step=self.step, refit_interval=self.refit_interval, fisher=self.fisher, seed=seed)
+
+
 class Recipe(_Part):
     """A whole run.
 
@@ -171,6 +184,7 @@ class Recipe(_Part):
     init_options: dict[str, Any] = Field(default_factory=dict, description="see fewbits.ptq.options_of and apply_ptq")
     data: DataSpec = DataSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
+    codebooks: CodebookSpec | None = Field(default=None, description="fit the codebooks of schemes such as W2KG64")
     train: TrainSpec = TrainSpec()
     seed: int = Field(default=0, ge=0)
 
@@ -179,6 +193,8 @@ class Recipe(_Part):
         for rule in self.rules:
             rule.build()
         self.objective.build()
+        if self.codebooks is not None:
+            self.codebooks.build()
         return self
 
     @classmethod
@@ -283,4 +299,5 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys() -> list[str]:
-    return sorted({k for part in (Recipe, RuleSpec, DataSpec, TrainSpec, ObjectiveSpec) for k in part.model_fields})
+    parts = (Recipe, RuleSpec, DataSpec, TrainSpec, ObjectiveSpec, CodebookSpec)
+    return sorted({k for part in parts for k in part.model_fields})

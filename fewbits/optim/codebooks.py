@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,52 @@ from torch import Tensor, nn
 from fewbits.convert import owned_layers, qat_layers
 from fewbits.grids import Codebook
 from fewbits.kmeans import block_scale, fit_codebook
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookFit:
+    """When codebooks are fitted to the latent weights by k-means.
+
+    Args:
+        step: optimizer steps in full precision before the first fit; 0 fits to the checkpoint, before the first step.
+        refit_interval: steps between later fits; None fits once and freezes, as in the paper's main runs.
+        fisher: weigh every weight by Adam's second moment; needs ``step >= 1`` and an optimizer that keeps one.
+        seed: of the seedings.
+
+    Raises:
+        ValueError: for values out of range.
+
+    Example:
+        >>> CodebookFit(step=1000, fisher=True).refit_interval is None
+        True
+
+    Reference: 1-Bit Wonder, arXiv:2602.15563.
+    """
+
+    step: int = 0
+    refit_interval: int | None = None
+    fisher: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step={self.step} must be at least 0")
+        if self.refit_interval is not None and self.refit_interval < 1:
+            raise ValueError(f"refit_interval={self.refit_interval} must be at least 1; None fits once")
+        if self.fisher and self.step == 0:
+            raise ValueError("fisher=True before the first step: there is no second moment yet; use step >= 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+
+    def is_due(self, step: int) -> bool:
+        """Whether a fit follows optimizer step ``step``.
+
+        Example:
+            >>> [s for s in range(12) if CodebookFit(step=4, refit_interval=3).is_due(s)]
+            [4, 7, 10]
+        """
+        past = step - self.step
+        return past == 0 or (past > 0 and self.refit_interval is not None and past % self.refit_interval == 0)
 
 
 def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None = None, seed: int = 0) -> list[str]:

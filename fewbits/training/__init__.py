@@ -3,6 +3,16 @@
 from fewbits.training.averaging import EMACallback, WeightEMA
 from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback
+from fewbits.training.codebooks import CodebookCallback
 from fewbits.training.trainer import QATSettings, QATTrainer, TrainingDiverged
 
-__all__ = ["EMACallback", "KeepBest", "QATCallback", "QATSettings", "QATTrainer", "TrainingDiverged", "WeightEMA"]
+__all__ = [
+    "CodebookCallback",
+    "EMACallback",
+    "KeepBest",
+    "QATCallback",
+    "QATSettings",
+    "QATTrainer",
+    "TrainingDiverged",
+    "WeightEMA",
+]

@@ -18,10 +18,12 @@ from fewbits.convert import owned_layers
 from fewbits.data import TokenBlocks
 from fewbits.objectives import Objective, feature_distance
 from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
+from fewbits.optim.codebooks import CodebookFit
 from fewbits.training.activation_noise import ActivationNoise
 from fewbits.training.averaging import EMACallback, WeightEMA
 from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback, first_non_finite
+from fewbits.training.codebooks import CodebookCallback, codebook_layers
 from fewbits.training.consistency import CONSISTENCY_FILE, Consistency
 
 
@@ -45,6 +47,7 @@ class QATSettings:
         activation_noise_bits: of the notional quantizer whose step is the width of that noise.
         ema_decay: ship the mean :class:`~fewbits.training.averaging.WeightEMA` of the iterates; None ships the last.
         keep_best_interval: steps between looks of :class:`~fewbits.training.best.KeepBest`, if the trainer has blocks.
+        codebooks: when codebooks are fitted; None leaves them as the schemes have them.
 
     Raises:
         ValueError: for negative rates, an unknown optimizer, or a mean beside a schedule-free optimizer.
@@ -61,6 +64,7 @@ class QATSettings:
     activation_noise_bits: int = 8
     ema_decay: float | None = None
     keep_best_interval: int = 50
+    codebooks: CodebookFit | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale_learning_rate", "rest_learning_rate"):
@@ -128,8 +132,24 @@ class QATTrainer(Trainer):
         )
         self.add_callback(self.qat_callback)
         self._loaders: list[Callable[[Path], None]] = [self.qat_callback.telemetry.load]
+        self._add_codebooks(model, best_blocks)
         ActivationNoise(self.settings.activation_noise, self.settings.activation_noise_bits).attach(model)
         self._add_averages(best_blocks)
+
+    def _add_codebooks(self, model: nn.Module, best_blocks: TokenBlocks | None) -> None:
+        fit = self.settings.codebooks
+        if fit is None:
+            return
+        if not codebook_layers(model):
+            raise ValueError("codebooks are to be fitted, but no layer has one; use a scheme such as W2KG64")
+        moves = fit.step > 0 or fit.refit_interval is not None
+        if moves and (best_blocks is not None or self.settings.ema_decay is not None):
+            raise ValueError(
+                "an earlier or mean iterate has no codebook of its own: fit once, at step 0, or do without"
+            )
+        callback = CodebookCallback(fit)
+        self.add_callback(callback)
+        self._loaders.append(partial(callback.load, model=model))
 
     def _add_averages(self, best_blocks: TokenBlocks | None) -> None:
         s, ema = self.settings, None
