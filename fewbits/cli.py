@@ -85,13 +85,19 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no TensorBoard files.")] = False,
+    watch: Annotated[
+        int | None, typer.Option(min=1, help="Record loss and path every N steps, for `fewbits diagnose --run`.")
+    ] = None,
 ) -> None:
     """Train a model as a recipe says."""
+    from fewbits.diagnose import watch_run
     from fewbits.pipeline import run
     from fewbits.recipe import Recipe
     from fewbits.report import SCORE_HEADER, score_rows, write_report
 
-    result = run(Recipe.load(recipe, overrides or []), output, resume=resume, overwrite=overwrite, quiet=quiet)
+    chosen = Recipe.load(recipe, overrides or [])
+    callbacks = [] if watch is None else [watch_run(chosen, output, watch)]
+    result = run(chosen, output, resume=resume, overwrite=overwrite, quiet=quiet, callbacks=callbacks)
     out.print(_table(SCORE_HEADER, score_rows(result.scores)))
     out.print(f"model {result.folder / 'model'} · report {write_report(result.folder)}")
 

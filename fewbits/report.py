@@ -25,6 +25,9 @@ blockquote{border-left:4px solid #1b6ca8;margin:1rem 0;padding:.2rem 1rem;backgr
 figcaption{color:#555;font-size:.9rem}
 """
 
+DIAGNOSIS_FRAGMENT = "diagnosis/section.html"
+"""Where ``fewbits diagnose --run`` leaves its part of a run's report."""
+
 
 def html_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text: bool = False) -> str:
     """An HTML table; all cells are escaped. Columns after the first are numbers, or ``text``."""
@@ -120,6 +123,8 @@ def write_report(folder: str | Path) -> Path:
     for path in sorted(folder.glob("export/*/verify.json")):
         verdict = json.loads(path.read_text(encoding="utf-8"))
         sections[f"Export {path.parent.name}"] = f"<pre>{html.escape(json.dumps(verdict, indent=1)[:4000])}</pre>"
+    if (geometry := folder / DIAGNOSIS_FRAGMENT).exists():
+        sections["Geometry"] = geometry.read_text(encoding="utf-8")
     sections["Recipe"] = f"<pre>{html.escape((folder / RECIPE_FILE).read_text(encoding='utf-8'))}</pre>"
     versions = next(iter(scores.values())).versions
     sections["Versions"] = html_table(("part", "version"), [[k, v] for k, v in versions.items()])

@@ -37,7 +37,10 @@ from fewbits.scheme import Scheme
 from fewbits.testing.tiny import tiny_gpt2, tiny_llama, toy_blocks
 
 SCHEMES = {name: Scheme.parse(name) for name in ("W4", "W2", "W1")}
-QUICK = DiagnosisSettings(num_random=2, num_bisections=3, num_probes=2, num_monte_carlo=2, profile_points=3)
+QUICK = DiagnosisSettings(
+    num_random=2, num_bisections=3, num_probes=2, num_monte_carlo=2, profile_points=3, curvature_blocks=1,
+    num_lanczos_steps=4, num_normals=2, slice_points=3,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

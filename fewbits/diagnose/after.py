@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from fewbits.convert import owned_layers
 from fewbits.diagnose.losses import TokenLoss, batched_hessian
+from fewbits.diagnose.trajectory import Trajectory
 from fewbits.geometry import (
     Displacements,
     InwardReport,
     PlanePoint,
+    Profile,
     Slice2D,
     compare_displacements,
     difference,
@@ -27,6 +29,7 @@ from fewbits.geometry import (
     norm,
     placed,
     plane_through,
+    profile,
     slice_2d,
 )
 from fewbits.geometry._result import Result
@@ -63,7 +66,8 @@ class AfterReport(Result):
     :math:`w_{qat} - w_{fp}` and :math:`Q(w_{qat}) - w_{fp}` over the weights with codes; the latter contains a rounding
     error itself, so it stands below 90 degrees for that reason alone. ``flip_rate``: share of codes that differ from
     those of PTQ. ``inward_ptq`` is measured at the PTQ point about fp, ``inward_qat`` at the deployed point about the
-    latent one, both with their two controls.
+    latent one, both with their two controls. ``path_latent`` and ``path_deployed`` are the training as it was recorded
+    (empty if it was not), in the coordinates of the slice; ``profiles``: losses on straight lines between models.
     """
 
     loss_fp: float
@@ -82,6 +86,10 @@ class AfterReport(Result):
     inward_qat: InwardReport
     slice: Slice2D
     latent_point: PlanePoint
+    path_steps: tuple[int, ...]
+    path_latent: tuple[PlanePoint, ...]
+    path_deployed: tuple[PlanePoint, ...]
+    profiles: dict[str, Profile]
     verdict: str
 
 
@@ -143,6 +151,7 @@ def after_training(
     *,
     tol: float,
     num_points: int = 9,
+    trajectory: Trajectory | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> AfterReport:
     """Compare fp, PTQ and QAT; both models are restored bit for bit.
@@ -152,6 +161,7 @@ def after_training(
         qat_model: the prepared model after training.
         tol: band of the basin, nats, e.g. the baseline's.
         num_points: rows and columns of the slice, at least 2.
+        trajectory: of the training, to be drawn into the plane.
         say: takes lines of progress.
 
     Raises:
@@ -177,7 +187,12 @@ def after_training(
     plane = plane_through(params, points.ptq, points.deployed)
     latent_point = plane.project(points.latent)
     say(f"slice of {num_points} x {num_points} points")
-    picture = slice_2d(loss, params, plane, num_x=num_points, num_y=num_points, trajectory=[latent_point])
+    paths: dict[bool, tuple[PlanePoint, ...]] = {False: (), True: ()}
+    if trajectory is not None:
+        names = [name for name, _ in loss.model.named_parameters()]
+        paths = {flag: trajectory.project(plane, names, deployed=flag) for flag in paths}
+    marks = [latent_point, *paths[False], *paths[True]]
+    picture = slice_2d(loss, params, plane, num_x=num_points, num_y=num_points, trajectory=marks)
     rise, left = values["ptq"] - fp, values["deployed"] - fp
     return AfterReport(
         loss_fp=fp,
@@ -196,8 +211,38 @@ def after_training(
         inward_qat=inward_qat,
         slice=picture,
         latent_point=latent_point,
+        path_steps=() if trajectory is None else trajectory.steps,
+        path_latent=paths[False],
+        path_deployed=paths[True],
+        profiles=profiles_between(loss, points),
         verdict=describe(fp, values, tol, angle, points.flips),
     )
+
+
+LINES = {
+    "original to rounded": ("params", "ptq"),
+    "original to trained, deployed": ("params", "deployed"),
+    "rounded to trained, deployed": ("ptq", "deployed"),
+    "trained: latent to deployed": ("latent", "deployed"),
+}
+"""The straight lines between two models that are walked after training."""
+
+
+def profiles_between(loss: TokenLoss, points: Triple, *, num_points: int = 9) -> dict[str, Profile]:
+    """Losses on the lines of :data:`LINES`, from a quarter before the first model to a quarter behind the second.
+
+    Args:
+        loss: of the plain model; restored bit for bit.
+        points: the models.
+        num_points: samples per line, at least 2.
+    """
+    ts = [-0.25 + 1.5 * i / (num_points - 1) for i in range(num_points)]
+    found = {}
+    for name, ends in LINES.items():
+        start, end = (getattr(points, end) for end in ends)
+        with placed(points.params, start):
+            found[name] = profile(loss, points.params, difference(end, points.params), ts)
+    return found
 
 
 def describe(fp: float, values: dict[str, float], tol: float, angle: Displacements | None, flips: float) -> str:

@@ -18,6 +18,7 @@ from fewbits.diagnose.forecast import PitchForecast, forecast_failure
 from fewbits.diagnose.losses import TokenLoss, batched_gradient, batched_hessian
 from fewbits.diagnose.settings import DiagnosisSettings
 from fewbits.diagnose.sites import Site, round_cells
+from fewbits.diagnose.stages import Stages
 from fewbits.diagnose.words import judge
 from fewbits.geometry import (
     NoiseFloor,
@@ -218,6 +219,7 @@ def before_training(
     settings: DiagnosisSettings | None = None,
     *,
     say: Say = lambda line: None,
+    stages: Stages | None = None,
 ) -> tuple[Baseline, list[SchemeReport]]:
     """The whole first half of a diagnosis; the model is restored bit for bit.
 
@@ -227,6 +229,7 @@ def before_training(
         schemes: by the name that reports use.
         settings: how thorough.
         say: takes a line of progress per scheme.
+        stages: keeps baseline and schemes; none keeps nothing.
 
     Raises:
         ValueError: without schemes, with fewer than two token blocks, or for an exactly representable model.
@@ -239,13 +242,31 @@ def before_training(
     finest = min(errors, key=errors.__getitem__)
     if errors[finest] == 0:
         raise ValueError(f"{finest} reproduces every weight exactly: the model is on this grid already")
-    baseline, grad = measure_baseline(
-        loss, sites, difference(round_cells(sites, schemes[finest]).rounded, params), settings
-    )
+    stages = stages or Stages(None, {})
+    gradients: list[Vector] = []
+
+    def first() -> Baseline:
+        error = difference(round_cells(sites, schemes[finest]).rounded, params)
+        found, grad = measure_baseline(loss, sites, error, settings)
+        gradients.append(grad)
+        return found
+
+    numbers = [settings.tol, settings.num_bisections, settings.seed]
+    baseline = stages.run("baseline", Baseline, first, finest=schemes[finest].to_dict(), numbers=numbers)
     say(f"loss {baseline.loss:.4f} nats, basin within {baseline.tol:.4f} nats of it")
+    numbers += [settings.num_random, settings.num_probes, settings.num_monte_carlo, settings.profile_points]
     reports = []
-    for name, scheme in schemes.items():
-        found = measure_scheme(loss, sites, name, scheme, baseline, grad, settings)
+    for index, (name, scheme) in enumerate(schemes.items()):
+
+        def one(name: str = name, scheme: Scheme = scheme) -> SchemeReport:
+            if not gradients:
+                gradients.append(batched_gradient(loss, params))
+            return measure_scheme(loss, sites, name, scheme, baseline, gradients[0], settings)
+
+        found = stages.run(
+            f"scheme-{index:02d}", SchemeReport, one, name=name, scheme=scheme.to_dict(), tol=baseline.tol,
+            numbers=numbers,
+        )  # fmt: skip
         say(f"{name}: loss {found.loss:.4f}, kappa_rand {found.kappa_rand:.2f}: {found.verdict}")
         reports.append(found)
     return baseline, reports

@@ -1,4 +1,4 @@
-"""The figures of a diagnosis: bars, profiles, a heat map of layers by schemes, the plane of three models."""
+"""The figures of a diagnosis before training: bars, profiles, a heat map of layers by schemes, and their order."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from fewbits.diagnose.after import AfterReport
+from fewbits.diagnose.canvas import canvas
 from fewbits.diagnose.diagnosis import Diagnosis
+from fewbits.diagnose.figures_after import arm_bars, line_profiles, plane_map
+from fewbits.diagnose.figures_terrain import layer_scatter, pitch_curves, spectra, width_bars
 from fewbits.diagnose.words import BROKEN, FREE, LEAVES
 
 VERDICT_COLORS = {FREE: "#3a7d44", LEAVES: "#edae49", BROKEN: "#d1495b"}
 """Colour of each verdict, the same in every figure and table."""
 
 
-def _figure(width: float = 6.4, height: float = 3.4) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def scheme_bars(found: Diagnosis) -> Figure:
     """Loss of the rounded model per scheme, with the basin as a band; clipped at the top where rounding diverged."""
-    figure = _figure()
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = canvas()
     base = found.baseline
     for i, report in enumerate(found.schemes):
         axes.bar(i, report.loss, color=VERDICT_COLORS[report.verdict], alpha=0.85)
@@ -37,9 +33,7 @@ def scheme_bars(found: Diagnosis) -> Figure:
 
 def error_profiles(found: Diagnosis) -> Figure:
     """Rise of the loss on the way from the model to its rounding; 1 is the rounded model."""
-    figure = _figure()
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = canvas()
     for report in found.schemes:
         rises = [value - report.profile.origin_loss for value in report.profile.losses]
         axes.plot(report.profile.ts, rises, marker=".", lw=1.4, label=report.scheme)
@@ -61,8 +55,7 @@ def layer_heat_map(found: Diagnosis) -> Figure:
     finite = [v for row in values for v in row if math.isfinite(v)]
     top = max([*finite, 1e-3])
     floor = min(max(min([v for v in finite if v > 0], default=1e-4), 1e-4), top / 2)
-    figure = _figure(6.4, 1.2 + 0.24 * len(layers))
-    axes = figure.add_subplot()
+    figure, axes = canvas(6.4, 1.2 + 0.24 * len(layers), frame=True)
     shown = [[min(max(v, floor), top) if math.isfinite(v) else top for v in row] for row in values]
     image = axes.imshow(shown, norm=LogNorm(floor, top), cmap="viridis", aspect="auto")
     for j, row in enumerate(values):
@@ -75,26 +68,6 @@ def layer_heat_map(found: Diagnosis) -> Figure:
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
     figure.colorbar(image, ax=axes, label="rise (nats)", format=LogFormatterSciNotation())
-    return figure
-
-
-def plane_map(after: AfterReport) -> Figure:
-    """Loss in the plane through fp, PTQ and the deployed QAT model; colours are log10 of the rise."""
-    figure = _figure(5.6, 4.4)
-    axes = figure.add_subplot()
-    lowest = min(v for row in after.slice.losses for v in row if math.isfinite(v))
-    highest = max(v for row in after.slice.losses for v in row if math.isfinite(v))
-    rises = [
-        [math.log10((v if math.isfinite(v) else highest) - lowest + 1e-3) for v in row] for row in after.slice.losses
-    ]
-    filled = axes.contourf(after.slice.xs, after.slice.ys, rises, levels=16, cmap="viridis")
-    labels = ("fp", "PTQ", "QAT, deployed")
-    for label, point in [*zip(labels, after.slice.points, strict=True), ("QAT, latent", after.latent_point)]:
-        axes.plot(point.x, point.y, "o", color="w", mec="k")
-        axes.annotate(label, (point.x, point.y), xytext=(5, 5), textcoords="offset points", color="w", fontsize=9)
-    axes.set_xlabel("distance from fp toward PTQ (units of w)")
-    axes.set_ylabel("distance across (units of w)")
-    figure.colorbar(filled, ax=axes, label="log10 rise above the lowest loss shown (nats)")
     return figure
 
 
@@ -112,10 +85,44 @@ def figures_of(found: Diagnosis) -> dict[str, tuple[Figure, str]]:
             "Loss rise when only this layer is rounded. A red mark is the choice of the proposed recipe.",
         ),
     }
+    if found.layer_forecast is not None:
+        made["layer-forecast"] = (
+            layer_scatter(found.layers, found.layer_forecast, tol=found.baseline.tol),
+            "Every dot is a layer at one scheme: the forecast without rounding it (error in random basin widths) "
+            "against the measured rise. The line is what a plain bowl promises.",
+        )
+    if found.pitch is not None:
+        made["pitch"] = (
+            pitch_curves(found.pitch),
+            f"Uniform errors on grids of nearly critical pitch, {found.pitch.num_draws} draws each: share that left "
+            "the basin (dots) and both forecasts.",
+        )
+    if found.terrain.spectra:
+        made["spectrum"] = (
+            spectra(found.terrain),
+            "Distribution of the curvature over all directions, by stochastic Lanczos quadrature, for the model and "
+            "for its quantized versions. Far right: steep walls. Left of 0: directions in which the loss curves down.",
+        )
+    if found.river is not None:
+        made["river"] = (
+            width_bars(found.baseline, found.schemes, found.river),
+            "How far one can walk in each direction before the loss leaves the basin (the shorter side).",
+        )
     if found.after is not None:
+        path = " The dots are the recorded training." if found.after.path_steps else ""
         made["plane"] = (
             plane_map(found.after),
-            "The three models in the plane through them. The latent weights are projected: they lie "
+            f"The three models in the plane through them.{path} The latent weights are projected: they lie "
             f"{found.after.latent_point.residual:.3g} off it.",
+        )
+        made["lines"] = (
+            line_profiles(found.after),
+            "Loss on the straight line between two models: 0 is the first, 1 the second. A hump is a wall between.",
+        )
+    if found.arms is not None:
+        made["arms"] = (
+            arm_bars(found.arms, found.baseline),
+            "Three ways to the same bits with the same budget: loss of the latent weights (light) and of the rounded "
+            "ones (dark). The blue band is as good as the original.",
         )
     return made

@@ -46,6 +46,7 @@ def layer_sensitivity(
     *,
     known: Mapping[tuple[str, str], float] | None = None,
     on_value: Callable[[str, str, float], None] | None = None,
+    base_loss: float | None = None,
 ) -> SensitivityTable:
     r"""Round one layer at a time: :math:`L(w + e_l) - L(w)` for every layer ``l`` and scheme.
 
@@ -55,10 +56,11 @@ def layer_sensitivity(
         schemes: by the name that the table uses.
         known: rises of an interrupted run by ``(layer, scheme)``; not computed again.
         on_value: called with ``(layer, scheme, rise)`` after each, to save or to show progress.
+        base_loss: loss of the unrounded model where it is known already, nats.
 
     Reference: arXiv:2606.09012 (its slices, layer by layer).
     """
-    base = loss_value(loss)
+    base = loss_value(loss) if base_loss is None else base_loss
     rises: dict[str, dict[str, float]] = {}
     for site in sites:
         row: dict[str, float] = {}

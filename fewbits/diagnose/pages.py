@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fewbits.diagnose.diagnosis import Diagnosis
 from fewbits.diagnose.figures import VERDICT_COLORS, figures_of
+from fewbits.diagnose.pages_terrain import ARM_HEADER, arm_rows, number, recovery_text, terrain_section
 from fewbits.diagnose.words import BROKEN, FREE, LEAVES
 from fewbits.io import atomic_file, write_json, write_text
 from fewbits.plots import to_svg
@@ -15,13 +16,10 @@ from fewbits.report import figure, html_table, page
 
 JSON_FILE = "diagnosis.json"
 PAGE_FILE = "diagnosis.html"
+SECTION_FILE = "section.html"
 RECIPE_NAME = "proposed-recipe.yaml"
 
 TABLE_HEADER = ("scheme", "bits", "loss", "ppl x", "kappa_rand", "P(fail)", "verdict")
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
 def table_rows(found: Diagnosis) -> list[list[str]]:
@@ -31,8 +29,8 @@ def table_rows(found: Diagnosis) -> list[list[str]]:
             r.scheme,
             f"{r.bits_per_weight:.2f}",
             f"{r.loss:.4f}",
-            _number(math.exp(min(r.rise, 700.0))),
-            _number(r.kappa_rand),
+            number(math.exp(min(r.rise, 700.0))),
+            number(r.kappa_rand),
             "-" if r.forecast is None else f"{r.forecast.failure_probability:.2f}",
             r.verdict,
         ]
@@ -55,16 +53,16 @@ def detail_rows(found: Diagnosis) -> list[list[str]]:
         rows.append(
             [
                 r.scheme,
-                _number(r.error_norm),
-                _number(r.kappa),
+                number(r.error_norm),
+                number(r.kappa),
                 f"{r.clipped_share:.1%}",
-                _number(r.width.plus.t),
-                _number(r.quadratic_width),
-                _number(r.flat_ratio),
+                number(r.width.plus.t),
+                number(r.quadratic_width),
+                number(r.flat_ratio),
                 f"{r.rise:.4f}",
                 f"{r.quadratic_rise:.4f}",
-                _number(None if f is None else f.pitch),
-                _number(None if f is None else f.critical_pitch),
+                number(None if f is None else f.pitch),
+                number(None if f is None else f.critical_pitch),
                 "-" if share is None else f"{share:.2f}",
             ]
         )
@@ -100,6 +98,8 @@ def first_screen(found: Diagnosis) -> str:
         parts.append(f"<p>{html.escape(text)}, both before training. It is written to {RECIPE_NAME}.</p>")
     if found.after is not None:
         parts.append(f"<blockquote>{html.escape(found.after.verdict)}</blockquote>")
+    if found.arms is not None:
+        parts.append(f"<blockquote>{html.escape(found.arms.verdict)}</blockquote>")
     return "".join(parts)
 
 
@@ -111,16 +111,22 @@ _DETAILS = """<p><b>kappa</b>: rounding error in units of the width along it; ab
 a plain bowl. <b>Monte Carlo</b>: share of random errors of the size of the cells that did leave.</p>"""
 
 
+_LAYERS = """<p>A direction drawn at random inside a layer knows nothing of the grid. If the dots climb from left to
+right, the sensitive layers could have been named without rounding any of them.</p>"""
+
+
 def section(found: Diagnosis) -> dict[str, str]:
     """Headings and HTML of a report; the first one is the answer."""
     drawn = figures_of(found)
     pictures = {name: figure(to_svg(drawing), caption) for name, (drawing, caption) in drawn.items()}
-    agreement = [[k, _number(v)] for k, v in found.rank_agreement.items()]
+    agreement = [[k, number(v)] for k, v in found.rank_agreement.items()]
     sections = {
         "Will rounding break this model?": first_screen(found) + pictures["schemes"],
         "The schemes": html_table(TABLE_HEADER, table_rows(found)) + _COLUMNS + pictures["profiles"],
         "The layers": pictures["layers"],
     }
+    if found.layer_forecast is not None:
+        sections["The layers"] += pictures["layer-forecast"] + _LAYERS
     if found.after is not None:
         a = found.after
         rows = [
@@ -132,7 +138,7 @@ def section(found: Diagnosis) -> dict[str, str]:
         slopes = [
             [
                 name,
-                *(_number(x) for x in (r.at_rounded.slope, r.at_latent.slope, r.quadratic_slope, r.wall_ratio)),
+                *(number(x) for x in (r.at_rounded.slope, r.at_latent.slope, r.quadratic_slope, r.wall_ratio)),
             ]
             for name, r in (("PTQ about the original", a.inward_ptq), ("deployed about latent", a.inward_qat))
         ]
@@ -140,11 +146,22 @@ def section(found: Diagnosis) -> dict[str, str]:
             f"<p>{html.escape(a.verdict)}</p>"
             + html_table(("model", "loss"), rows)
             + pictures["plane"]
+            + pictures["lines"]
+            + recovery_text(found)
             + html_table(("inward slope (nats per unit of w)", "rounded", "unrounded", "quadratic", "ratio"), slopes)
         )
+    if found.arms is not None:
+        sections["Was it the training, or the training through the rounding?"] = (
+            f"<p>{html.escape(found.arms.verdict)} The control minimized {html.escape(found.arms.objective)}.</p>"
+            + pictures["arms"]
+            + html_table(ARM_HEADER, arm_rows(found.arms))
+        )
+    if terrain := terrain_section(found, pictures):
+        sections["The terrain"] = terrain
     sections["For readers of the paper"] = (
         html_table(DETAIL_HEADER, detail_rows(found))
         + _DETAILS
+        + pictures.get("pitch", "")
         + html_table(("forecast", "rank correlation with the measured rise"), agreement)
     )
     sections["Versions"] = html_table(("part", "version"), [[k, v] for k, v in found.versions.items()])
@@ -171,5 +188,9 @@ def write_diagnosis(found: Diagnosis, folder: str | Path) -> Path:
     if found.proposal is not None:
         write_text(folder / RECIPE_NAME, found.proposal.recipe.to_yaml())
     path = folder / PAGE_FILE
-    write_text(path, page(f"fewbits diagnose: {found.model or 'model'}", section(found)))
+    parts = section(found)
+    write_text(path, page(f"fewbits diagnose: {found.model or 'model'}", parts))
+    # One level down, as a part of a run's report.
+    fragment = "".join(f"<h3>{html.escape(name)}</h3>{content}" for name, content in parts.items())
+    write_text(folder / SECTION_FILE, fragment)
     return path

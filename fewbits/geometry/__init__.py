@@ -60,6 +60,7 @@ from fewbits.geometry.recovery import (
     river_direction,
     split_displacement,
 )
+from fewbits.geometry.sketch import CountSketch
 from fewbits.geometry.slices import Crossing, NoiseFloor, Profile, Width, noise_floor, profile, width
 from fewbits.geometry.spectrum import EigenPairs, Spectrum, Tridiagonal, lanczos, lanczos_spectrum, top_eigenpairs
 from fewbits.geometry.synthetic import (
@@ -78,6 +79,7 @@ from fewbits.geometry.theorem import RecoveryTheorem
 
 __all__ = [
     "Allocation",
+    "CountSketch",
     "Crossing",
     "Displacements",
     "EigenPairs",
