@@ -228,13 +228,13 @@ LINES = {
 """The straight lines between two models that are walked after training."""
 
 
-def profiles_between(loss: TokenLoss, points: Triple, *, num_points: int = 9) -> dict[str, Profile]:
+def profiles_between(loss: TokenLoss, points: Triple, *, num_points: int = 7) -> dict[str, Profile]:
     """Losses on the lines of :data:`LINES`, from a quarter before the first model to a quarter behind the second.
 
     Args:
         loss: of the plain model; restored bit for bit.
         points: the models.
-        num_points: samples per line, at least 2.
+        num_points: samples per line, at least 2; with 7 both models are among them.
     """
     ts = [-0.25 + 1.5 * i / (num_points - 1) for i in range(num_points)]
     found = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from fewbits.diagnose.diagnosis import Diagnosis
@@ -115,10 +116,16 @@ _LAYERS = """<p>A direction drawn at random inside a layer knows nothing of the 
 right, the sensitive layers could have been named without rounding any of them.</p>"""
 
 
-def section(found: Diagnosis) -> dict[str, str]:
-    """Headings and HTML of a report; the first one is the answer."""
-    drawn = figures_of(found)
-    pictures = {name: figure(to_svg(drawing), caption) for name, (drawing, caption) in drawn.items()}
+def section(found: Diagnosis, drawn: Mapping[str, tuple[str, str]] | None = None) -> dict[str, str]:
+    """Headings and HTML of a report; the first one is the answer.
+
+    Args:
+        found: a diagnosis.
+        drawn: its figures as SVG with their captions, where they are drawn already.
+    """
+    if drawn is None:
+        drawn = {name: (to_svg(drawing), caption) for name, (drawing, caption) in figures_of(found).items()}
+    pictures = {name: figure(svg, caption) for name, (svg, caption) in drawn.items()}
     agreement = [[k, number(v)] for k, v in found.rank_agreement.items()]
     sections = {
         "Will rounding break this model?": first_screen(found) + pictures["schemes"],
@@ -181,14 +188,16 @@ def write_diagnosis(found: Diagnosis, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / JSON_FILE, found.to_dict())
-    for name, (drawing, _) in figures_of(found).items():
-        write_text(folder / f"{name}.svg", to_svg(drawing))
+    drawn = {}
+    for name, (drawing, caption) in figures_of(found).items():
+        drawn[name] = to_svg(drawing), caption
+        write_text(folder / f"{name}.svg", drawn[name][0])
         with atomic_file(folder / f"{name}.png") as partial:
             drawing.savefig(partial, format="png", dpi=150)
     if found.proposal is not None:
         write_text(folder / RECIPE_NAME, found.proposal.recipe.to_yaml())
     path = folder / PAGE_FILE
-    parts = section(found)
+    parts = section(found, drawn)
     write_text(path, page(f"fewbits diagnose: {found.model or 'model'}", parts))
     # One level down, as a part of a run's report.
     fragment = "".join(f"<h3>{html.escape(name)}</h3>{content}" for name, content in parts.items())
