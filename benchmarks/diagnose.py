@@ -107,7 +107,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model,
         unseen.take(args.blocks),
         args.schemes,
-        settings=DiagnosisSettings(num_random=3, num_probes=6, num_monte_carlo=args.draws),
+        settings=DiagnosisSettings(
+            num_random=args.random,
+            num_probes=args.probes,
+            num_monte_carlo=args.draws,
+            num_lanczos_steps=args.lanczos,
+            num_normals=min(8, args.lanczos // 2),
+            curvature_blocks=args.curvature_blocks,
+            slice_points=9,
+        ),
         trained=open_run(args.work / "uniform-0", model, tokenizer, control=True),
         model_name="embedded",
         data_name="embedded, held out, from the end",
@@ -158,8 +166,12 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=schemes)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--blocks", type=int, default=8, help="token blocks of the diagnosis")
+    parser.add_argument("--blocks", type=int, default=4, help="token blocks of the diagnosis")
     parser.add_argument("--sensitivity-blocks", type=int, default=32, help="token blocks of the mixed recipe")
+    parser.add_argument("--random", type=int, default=2, help="random directions per scheme and arm")
+    parser.add_argument("--probes", type=int, default=4, help="probes of every trace")
+    parser.add_argument("--lanczos", type=int, default=16, help="Hessian products per Lanczos run")
+    parser.add_argument("--curvature-blocks", type=int, default=2, help="token blocks of spectra and river")
     parser.add_argument("--draws", type=int, default=16, help="Monte Carlo draws")
     parser.add_argument("--watch", type=int, default=5, help="steps between points of the recorded path")
     parser.add_argument("--threads", type=int)
@@ -170,7 +182,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     start = time.process_time()
     result = measure(args)
-    result["cpu_seconds"] = time.process_time() - start
+    result["cpu_seconds_of_this_call"] = time.process_time() - start
     result["settings"] = {k: str(v) for k, v in vars(args).items() if k not in ("work", "output")}
     result["versions"] = versions()
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
