@@ -1,8 +1,9 @@
 """Prepared models to folders and back, bit for bit.
 
 A prepared model is saved as an ordinary Hugging Face folder: the latent weights under their own names, beside each
-``NAME.weight_scale`` (raw) and ``NAME.weight_state_*`` (what the surrogate remembers), and ``fewbits_qat.json`` with
-scheme and surrogate of every layer. Loading never runs a scale rule: learned scales are taken as they are.
+``NAME.weight_scale`` (raw), ``NAME.weight_state_*`` (what the surrogate remembers) and ``NAME.input_quantizer.*``
+(static activation scales), and ``fewbits_qat.json`` with scheme and surrogate of every layer. Loading never runs a
+scale rule: learned scales are taken as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.activations.kv_cache import quantize_kv_
+from fewbits.activations.module import INPUT, add_input_quantizer_, input_quantizer, kv_schemes
+from fewbits.activations.scheme import ActivationScheme
+from fewbits.activations.text import read_schemes
 from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_module_, training_layer
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
@@ -34,7 +39,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """What ``fewbits_qat.json`` says of a prepared model.
 
     Raises:
-        ValueError: for a model without prepared layers.
+        ValueError: for a model without prepared layers, or with a static activation scale that has no value yet.
     """
     names = {id(layer): name for name, layer in qat_layers(model)}
     if not names:
@@ -42,6 +47,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     for name, layer in qat_layers(model):
         layers[name] = {"scheme": layer.scheme.to_dict(), "surrogate": layer.surrogate.to_dict()}
+        if (quantizer := input_quantizer(layer)) is not None:
+            quantizer.stored()
+            layers[name]["activation"] = quantizer.scheme.to_dict()
         if layer.owner is not layer:
             layers[name]["tied_to"] = names[id(layer.owner)]
             continue
@@ -49,7 +57,10 @@ def describe(model: nn.Module) -> dict[str, Any]:
             layers[name]["drive"] = layer.drive.to_dict()
         if not layer.fake_quant_enabled:
             layers[name]["fake_quant_enabled"] = False
-    return {"format_version": FORMAT_VERSION, "layers": layers}
+    description: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
+    if kv := kv_schemes(model):
+        description["kv_cache"] = {name: scheme.to_dict() for name, scheme in kv.items()}
+    return description
 
 
 def save_prepared(model: Any, tokenizer: Any | None, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -104,7 +115,7 @@ def load_prepared(folder: str | Path) -> tuple[Any, Any | None]:
     folder = Path(folder)
     if not is_prepared_folder(folder):
         raise ValueError(f"{folder} holds no prepared model: it has no {QAT_FILE}")
-    layers, disabled = _read_description(folder / QAT_FILE)
+    layers, disabled, kv = _read_description(folder / QAT_FILE)
     tensors = read_folder(folder)
     extra = {k: v for k, v in tensors.items() if _layer_of(k) in layers}
     with _only_errors():  # the extra tensors are expected; everything else is checked below
@@ -116,6 +127,7 @@ def load_prepared(folder: str | Path) -> tuple[Any, Any | None]:
         if name in tensors and value.dtype != tensors[name].dtype:
             model.get_parameter_or_buffer(name).data = tensors[name]
     restore(model, layers, extra)
+    quantize_kv_(model, kv)
     for name, layer in qat_layers(model):
         layer.fake_quant_enabled = name not in disabled
     return model, load_tokenizer(folder) if has_tokenizer(folder) else None
@@ -124,6 +136,8 @@ def load_prepared(folder: str | Path) -> tuple[Any, Any | None]:
 def _layer_of(tensor: str) -> str | None:
     """The layer that an extra tensor of a prepared model belongs to."""
     name, _, leaf = tensor.rpartition(".")
+    if name.endswith(f".{INPUT}"):
+        return name.removesuffix(f".{INPUT}")
     return name if leaf == "weight_scale" or leaf.startswith(STATE_PREFIX) else None
 
 
@@ -135,17 +149,18 @@ class LayerPlan:
     surrogate: Surrogate
     drive: Drive | None = None
     tied_to: str | None = None
+    activation: ActivationScheme | None = None
 
 
-_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled"}
+_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled", "activation"}
 
 
-def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str]]:
+def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str], dict[str, ActivationScheme]]:
     data = read_json_object(path)
     version = data.get("format_version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}; this fewbits reads 1 to {FORMAT_VERSION}; upgrade it")
-    if extra := sorted(set(data) - {"format_version", "layers"}):
+    if extra := sorted(set(data) - {"format_version", "layers", "kv_cache"}):
         raise ValueError(f"{path} has the unknown key {extra[0]!r}")
     layers: dict[str, LayerPlan] = {}
     disabled = set()
@@ -159,12 +174,13 @@ def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str]]:
             surrogate=surrogate_from_dict(entry["surrogate"]),
             drive=drive_from_dict(entry["drive"]) if "drive" in entry else None,
             tied_to=entry.get("tied_to"),
+            activation=ActivationScheme.parse(entry.get("activation")),
         )
         if not entry.get("fake_quant_enabled", True):
             disabled.add(name)
     if not layers:
         raise ValueError(f"{path} describes no layer")
-    return layers, disabled
+    return layers, disabled, read_schemes(data.get("kv_cache"), f"{path}: kv_cache")
 
 
 @contextmanager
@@ -214,6 +230,8 @@ def restore(model: nn.Module, layers: Mapping[str, LayerPlan], tensors: Mapping[
                 new.setup_(plan.scheme, plan.surrogate, made[owner])
             else:
                 _set_up_(new, name, plan, left)
+            add_input_quantizer_(new, plan.activation, device=new.weight.device)
+            _fill_input_(new, name, left)
             new.train(module.training)
     if left:
         raise ValueError(f"the saved tensor {next(iter(left))} belongs to no layer of the description")
@@ -230,6 +248,18 @@ def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor
     layer.setup_(plan.scheme, plan.surrogate, scale=scale, drive=plan.drive)
     for key, value in layer.state().items():
         layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
+
+
+def _fill_input_(layer: QATLayer, name: str, left: dict[str, Tensor]) -> None:
+    quantizer, prefix = input_quantizer(layer), f"{name}.{INPUT}."
+    values = {key.removeprefix(prefix): left.pop(key) for key in list(left) if key.startswith(prefix)}
+    if quantizer is None and values:
+        raise ValueError(f"the saved tensor {prefix}{min(values)} belongs to no layer of the description")
+    if quantizer is not None and quantizer.scheme.mode == "static":
+        try:
+            quantizer.load_(values)
+        except ValueError as error:
+            raise ValueError(f"the input quantizer of {name}: {error}") from None
 
 
 def _take(left: dict[str, Tensor], key: str, shape: Sequence[int]) -> Tensor:

@@ -210,13 +210,12 @@ def inspect(
     scheme: Annotated[str | None, typer.Option(help="Show what this scheme would do to a plain checkpoint.")] = None,
 ) -> None:
     """Layers, schemes, bits per weight, size."""
-    from fewbits.convert import Rule
     from fewbits.inspection import inspect_model
     from fewbits.pipeline import load_any
-    from fewbits.scheme import Scheme
+    from fewbits.recipe import RuleSpec
 
     loaded, _ = load_any(model)
-    rules = None if scheme is None else [Rule(scheme=Scheme.parse(scheme))]
+    rules = None if scheme is None else [RuleSpec(scheme=scheme).build()]
     out.print(inspect_model(loaded, rules).to_text())
 
 

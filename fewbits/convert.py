@@ -14,6 +14,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.activations.kv_cache import choose_kv, quantize_kv_
+from fewbits.activations.module import INPUT, add_input_quantizer_, input_quantizer
+from fewbits.activations.scheme import ActivationScheme
+from fewbits.activations.text import read_spellings, split_scheme
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.nn import (
     QATConv1D,
@@ -37,13 +41,16 @@ class Rule:
     Args:
         pattern: shell-style pattern on module names (``*``, ``model.layers.*.mlp.*``), or a regular expression that
             must match the whole name after the prefix ``re:``. The first rule that matches a layer wins.
-        scheme: a :class:`Scheme`, or text for :meth:`Scheme.parse`.
+        scheme: a :class:`Scheme`, or text for :meth:`Scheme.parse`, in which ``A8`` and ``KV4`` stand for the last two.
         surrogate: a surrogate, its name, or its dict; the identity STE by default.
         drive: what moves the weight besides the gradient: a drive, its name, or its dict; None for nothing.
         embeddings: whether the pattern also matches embeddings (a bare ``*`` should seldom mean them).
+        activation: how the inputs of the linear layers are quantized: an
+            :class:`~fewbits.activations.ActivationScheme`, text such as ``A8``, or a mapping; None for not at all.
+        kv_cache: likewise how keys and values are, in attention modules with a layer that the rule chooses.
 
     Raises:
-        ValueError: for a bad regular expression, scheme, surrogate or drive.
+        ValueError: for a bad regular expression, scheme, surrogate, drive or activation.
 
     Example:
         >>> Rule(pattern="*.mlp.*", scheme="W2A16G64").scheme.name
@@ -55,10 +62,15 @@ class Rule:
     surrogate: Surrogate = field(default_factory=STE)
     drive: Drive | None = None
     embeddings: bool = False
+    activation: ActivationScheme | None = None
+    kv_cache: ActivationScheme | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.scheme, str):
-            object.__setattr__(self, "scheme", Scheme.parse(self.scheme))
+        weights, *spelled = split_scheme(self.scheme) if isinstance(self.scheme, str) else (None, None, None)
+        for name, text in zip(("activation", "kv_cache"), spelled, strict=True):
+            object.__setattr__(self, name, read_spellings(name, text, getattr(self, name)))
+        if weights is not None:
+            object.__setattr__(self, "scheme", Scheme.parse(weights))
         elif isinstance(self.scheme, dict):
             object.__setattr__(self, "scheme", Scheme.from_dict(self.scheme))
         if isinstance(self.surrogate, str | dict):
@@ -85,6 +97,8 @@ class Rule:
             "surrogate": self.surrogate.to_dict(),
             "drive": None if self.drive is None else self.drive.to_dict(),
             "embeddings": self.embeddings,
+            "activation": None if self.activation is None else self.activation.to_dict(),
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
         }
 
 
@@ -188,15 +202,20 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
             raise ValueError(f"{name}.weight is on the meta device; load the weights before prepare")
         shape = tuple(weight.t().shape) if isinstance(module, Conv1D) else tuple(weight.shape)
         rule.scheme.check_shape(shape, name=f"{name}.weight")
+        if rule.activation is not None:
+            rule.activation.check_width(shape[1], name=f"the input of {name}")
+    kv_schemes = choose_kv(model, {name: rule.kv_cache for name, (rule, _) in chosen.items()})
     add_tied_partners_(model, chosen, ignore)
     owners: dict[int, QATLayer] = {}
     with torch.no_grad():
         for name, (rule, module) in chosen.items():
             new = training_layer(module)
             new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)), drive=rule.drive)
+            add_input_quantizer_(new, rule.activation, device=new.weight.device)
             owners.setdefault(id(new.weight), new)
             new.train(module.training)
             replace_module_(model, name, new)
+    quantize_kv_(model, kv_schemes)
     _warn_if_little_is_quantized(model)
     return model
 
@@ -339,6 +358,8 @@ def convert(model: nn.Module) -> nn.Module:
                 drop_buffers_(new, owners[id(layer.owner)])
             if getattr(layer, "bias", None) is not None:
                 new.bias = layer.bias
+            if (quantizer := input_quantizer(layer)) is not None:
+                new.add_module(INPUT, quantizer.deployed())
             new.train(layer.training)
             replace_module_(model, name, new)
     return model

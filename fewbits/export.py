@@ -13,7 +13,7 @@ from fewbits.evaluate import versions
 from fewbits.io import EXPORT_FILE, atomic_folder, is_occupied
 from fewbits.manifest import write_manifest
 from fewbits.targets import Target, folder_name, get_target
-from fewbits.targets.base import schemes
+from fewbits.targets.base import activations_of, check_activations, schemes
 from fewbits.verify import VerifyReport, verify
 
 
@@ -103,5 +103,6 @@ def _write(model: Any, tokenizer: Any | None, target: Target, folder: Path) -> N
     for name, (scheme, shape) in schemes(model).items():
         if reason := target.holds(scheme, shape):
             raise ValueError(f"target {target.name!r} cannot hold {name} ({scheme.name}) without loss: {reason}")
+    check_activations(target, activations_of(model))
     target.write(model, tokenizer, folder)
     write_manifest(folder, target.name, versions()["fewbits"])

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.activations.kv_cache import choose_kv
+from fewbits.activations.module import INPUT, input_scheme, kv_schemes
+from fewbits.activations.scheme import ActivationScheme
+from fewbits.activations.text import full_name
 from fewbits.convert import Rule, add_tied_partners_, qat_layers, quantized_layers, select_layers
 from fewbits.nn import QATConv1D, QATLayer, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
 from fewbits.scheme import Scheme
@@ -22,11 +26,12 @@ class LayerReport(BaseModel):
         name: of the module.
         kind: ``linear``, ``conv1d`` or ``embedding``.
         shape: ``(out_features, in_features)``.
-        scheme: its short name.
+        scheme: its short name, with the bits of its input, and of keys and values in an attention module.
         surrogate: its name while training, else None.
         bits_per_weight: cost of one weight, codes and scales counted, without padding of rows to whole bytes.
         num_bytes: in the packed file of the target ``hf``; 0 for a layer that uses the codes of another.
         tied_to: the layer whose codes it uses, or None.
+        activation: how its input is quantized, in words; None for not at all.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +44,7 @@ class LayerReport(BaseModel):
     bits_per_weight: float
     num_bytes: int
     tied_to: str | None = None
+    activation: str | None = None
 
 
 class ModelReport(BaseModel):
@@ -71,6 +77,7 @@ class ModelReport(BaseModel):
         rows: dict[tuple[str, ...], tuple[int, int]] = {}
         for layer in self.layers:
             note = f"tied to {layer.tied_to}" if layer.tied_to else layer.surrogate or ""
+            note = "; ".join(part for part in (note, layer.activation) if part)
             key = (
                 re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.name),
                 "x".join(map(str, layer.shape)),
@@ -154,17 +161,26 @@ def packed_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def _row(
-    name: str, kind: str, shape: tuple[int, int], scheme: Scheme, surrogate: str | None, tied_to: str | None
+    name: str,
+    kind: str,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    surrogate: str | None,
+    tied_to: str | None,
+    activation: ActivationScheme | None,
+    kv: dict[str, ActivationScheme],
 ) -> LayerReport:
+    cache = next((scheme for attention, scheme in kv.items() if name.startswith(f"{attention}.")), None)
     return LayerReport(
         name=name,
         kind=kind,
         shape=shape,
-        scheme=scheme.name,
+        scheme=full_name(scheme.name, activation, cache),
         surrogate=surrogate,
         bits_per_weight=scheme.bits_per_weight(shape),
         num_bytes=0 if tied_to else packed_bytes(scheme, shape),
         tied_to=tied_to,
+        activation=None if activation is None else activation.summary,
     )
 
 
@@ -181,13 +197,14 @@ Found = tuple[list[LayerReport], set[str]]
 def _present(model: nn.Module) -> Found:
     layers: dict[str, QATLayer | QuantizedLayer] = {**dict(qat_layers(model)), **dict(quantized_layers(model))}
     names = {id(layer): name for name, layer in layers.items()}
-    rows, inside = [], set()
+    rows, inside, kv = [], set(), kv_schemes(model)
     for name, layer in layers.items():
         shape = layer.latent().shape if isinstance(layer, QATLayer) else layer.shape
         surrogate = layer.surrogate.name if isinstance(layer, QATLayer) else None
         tied_to = None if layer.owner is layer else names[id(layer.owner)]
-        rows.append(_row(name, _kind(layer), (shape[0], shape[1]), layer.scheme, surrogate, tied_to))
-        inside |= {f"{name}.{key}" for key in layer.state_dict() if key != "bias"}
+        size = shape[0], shape[1]
+        rows.append(_row(name, _kind(layer), size, layer.scheme, surrogate, tied_to, input_scheme(layer), kv))
+        inside |= {f"{name}.{key}" for key in layer.state_dict() if key != "bias" and not key.startswith(f"{INPUT}.")}
     return rows, inside
 
 
@@ -195,6 +212,7 @@ def _planned(model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str] | No
     chosen = select_layers(model, rules, ignore)
     add_tied_partners_(model, chosen, ignore)
     rows, inside = [], set()
+    kv = choose_kv(model, {name: rule.kv_cache for name, (rule, _) in chosen.items()})
     first: dict[int, str] = {}
     for name, (rule, module) in chosen.items():
         weight = module.weight
@@ -203,7 +221,9 @@ def _planned(model: nn.Module, rules: Sequence[Rule], ignore: Sequence[str] | No
         rule.scheme.check_shape(shape, name=f"{name}.weight")
         owner = first.setdefault(id(weight), name)
         tied_to = None if owner == name else owner
-        rows.append(_row(name, _kind(module), (shape[0], shape[1]), rule.scheme, rule.surrogate.name, tied_to))
+        size, kind = (shape[0], shape[1]), _kind(module)
+        activation = None if kind == "embedding" else rule.activation
+        rows.append(_row(name, kind, size, rule.scheme, rule.surrogate.name, tied_to, activation, kv))
         inside.add(f"{name}.weight")
     return rows, inside
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.activations.module import quantize_input
 from fewbits.drives import Drive, NoDrive, driven_weight
 from fewbits.fake_quant import fake_quantize
 from fewbits.grids import Codebook
@@ -115,11 +116,11 @@ class QATLayer(nn.Module):
 
 
 class QATLinear(QATLayer, nn.Linear):
-    """``nn.Linear`` with a fake-quantized weight."""
+    """``nn.Linear`` with a fake-quantized weight, and a fake-quantized input where it has an ``input_quantizer``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input @ Q(weight).T + bias``."""
-        return nn.functional.linear(input, self.quantized_weight(), self.bias)
+        """``Q(input) @ Q(weight).T + bias``."""
+        return nn.functional.linear(quantize_input(self, input), self.quantized_weight(), self.bias)
 
 
 class QATConv1D(QATLayer, Conv1D):
@@ -129,8 +130,8 @@ class QATConv1D(QATLayer, Conv1D):
     weight: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ Q(weight) + bias``."""
-        return nn.functional.linear(x, self.quantized_weight(), self.bias)
+        """``Q(x) @ Q(weight) + bias``."""
+        return nn.functional.linear(quantize_input(self, x), self.quantized_weight(), self.bias)
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
@@ -265,7 +266,7 @@ class QuantizedLayer(nn.Module):
 
 
 class QuantizedLinear(QuantizedLayer):
-    """A linear layer on packed codes; ``bias`` keeps its name."""
+    """A linear layer on packed codes; ``bias`` keeps its name; an ``input_quantizer`` quantizes what goes in."""
 
     def __init__(
         self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, *, bias: bool = False, device: Any = None
@@ -277,7 +278,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``."""
-        return nn.functional.linear(input, self.quantized_weight(), self.bias)
+        return nn.functional.linear(quantize_input(self, input), self.quantized_weight(), self.bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme."""

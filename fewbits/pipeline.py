@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from fewbits.activations import calibrate_activations_
 from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
 from fewbits.convert import matches, owned_layers, prepare, select_layers
 from fewbits.corpora import embedded_model_path, embedded_texts
@@ -27,9 +28,11 @@ from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.io import write_text
 from fewbits.optim.build import OWN_NAMES
 from fewbits.ptq import apply_ptq, check_options
+from fewbits.ptq.calibration import to_batches
 from fewbits.recipe import DataSpec, Recipe
 from fewbits.smollm2 import smollm2_path
 from fewbits.targets import get_target
+from fewbits.targets.base import check_activations
 from fewbits.training import QATSettings, QATTrainer
 from fewbits.training.telemetry import weight_histogram
 
@@ -95,7 +98,9 @@ def check_target(model: nn.Module, recipe: Recipe) -> None:
         ValueError: naming target, layer and reason.
     """
     target = get_target(recipe.target)
-    for name, (rule, module) in select_layers(model, [r.build() for r in recipe.rules], recipe.ignore).items():
+    chosen = select_layers(model, [r.build() for r in recipe.rules], recipe.ignore)
+    check_activations(target, {name: rule.activation or rule.kv_cache for name, (rule, _) in chosen.items()})
+    for name, (rule, module) in chosen.items():
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.shape
@@ -286,15 +291,23 @@ def _start(
     else:
         if not known:
             rounded = prepare(copy.deepcopy(model), rules, ignore=recipe.ignore)
+            calibrate_(rounded, recipe, train)
             scores["rtn"] = evaluate(rounded, valid, teacher=teacher)
             del rounded
         options = {"num_blocks": CALIBRATION_BLOCKS, "seed": recipe.seed} | recipe.init_options
         apply_ptq(model, rules, recipe.init, train, ignore=recipe.ignore, **options)
+    calibrate_(model, recipe, train)
     if not known:
         scores[recipe.init if plain or recipe.init != "rtn" else "start"] = evaluate(model, valid, teacher=teacher)
         write_text(folder / "histogram.json", json.dumps({"before": weight_histogram(model)}))
         write_scores(folder / EVAL_FILE, scores)
     return scores
+
+
+def calibrate_(model: nn.Module, recipe: Recipe, train: TokenBlocks) -> None:
+    """Set the static activation scales from as many blocks as a post-training method sees; nothing without such."""
+    num_blocks = int(recipe.init_options.get("num_blocks", CALIBRATION_BLOCKS))
+    calibrate_activations_(model, to_batches(train, recipe.train.batch_size, num_blocks, torch.device("cpu")))
 
 
 def ptq_recipe(

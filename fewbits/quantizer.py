@@ -10,6 +10,9 @@ model with :class:`~fewbits.nn.QuantizedLinear` and ``QuantizedEmbedding`` layer
       "groups": [{"scheme": {..}, "modules": {"model.layers.0.mlp.up_proj": [96, 64], ..}}, ..],
       "tied": {"lm_head": "model.embed_tokens"}
     }
+
+Where activations are quantized, ``"activations"`` and ``"kv_cache"`` hold lists of
+``{"scheme": {..}, "modules": [..]}``.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fewbits.activations.kv_cache import quantize_kv_
+from fewbits.activations.module import add_input_quantizer_, input_quantizer
+from fewbits.activations.scheme import ActivationScheme
 from fewbits.convert import closest_names, drop_buffers_, empty_quantized, is_quantizable, replace_module_
 from fewbits.nn import QuantizedLayer
 from fewbits.scheme import Scheme
@@ -38,6 +44,7 @@ METHOD = "fewbits"
 FORMAT_VERSION = 1
 """Of the packed format; a newer one is refused."""
 
+ByModule = Mapping[str, ActivationScheme]
 _FILE_DTYPE = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 Packed = dict[str, tuple[Scheme, tuple[int, int]]]
@@ -52,10 +59,12 @@ class FewbitsConfig(QuantizationConfigMixin):
         tied: module name to the name of the module whose codes it uses.
         format_version: of the packed format.
         quant_method: ``"fewbits"``.
+        activations: scheme and modules whose input is quantized, one entry for each scheme.
+        kv_cache: scheme and attention modules whose keys and values are, likewise.
 
     Raises:
-        ValueError: for an unknown key, a newer format, a bad scheme or shape, a module named twice, or a tie to a
-            module that is not packed.
+        ValueError: for an unknown key, a newer format, a bad scheme or shape, a module named twice, a tie to a module
+            that is not packed, or a quantized input of one.
     """
 
     def __init__(
@@ -64,6 +73,8 @@ class FewbitsConfig(QuantizationConfigMixin):
         tied: Mapping[str, str] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        activations: Sequence[Mapping[str, Any]] = (),
+        kv_cache: Sequence[Mapping[str, Any]] = (),
         **unknown: Any,
     ) -> None:
         if quant_method != METHOD:
@@ -79,7 +90,12 @@ class FewbitsConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.groups = [{"scheme": dict(g["scheme"]), "modules": dict(g["modules"])} for g in map(_group, groups)]
         self.tied = dict(tied or {})
+        for key, entries in (("activations", activations), ("kv_cache", kv_cache)):
+            if entries:  # a model without them keeps the config that it always had
+                setattr(self, key, [{"scheme": dict(g["scheme"]), "modules": list(g["modules"])} for g in entries])
         packed = self.packed()
+        for name in sorted(set(self.by_module("activations")) - set(packed) - set(self.tied)):
+            raise ValueError(f"quantization_config quantizes the input of {name}, which is not packed")
         for name, owner in self.tied.items():
             if owner not in packed or name in packed:
                 raise ValueError(
@@ -87,12 +103,27 @@ class FewbitsConfig(QuantizationConfigMixin):
                 )
 
     @classmethod
-    def from_packed(cls, packed: Packed, tied: Mapping[str, str]) -> FewbitsConfig:
+    def from_packed(
+        cls, packed: Packed, tied: Mapping[str, str], activations: ByModule | None = None, kv: ByModule | None = None
+    ) -> FewbitsConfig:
         """Group modules of equal scheme."""
         groups: dict[Scheme, dict[str, list[int]]] = {}
         for name, (scheme, shape) in packed.items():
             groups.setdefault(scheme, {})[name] = list(shape)
-        return cls([{"scheme": scheme.to_dict(), "modules": modules} for scheme, modules in groups.items()], tied)
+        weights = [{"scheme": scheme.to_dict(), "modules": modules} for scheme, modules in groups.items()]
+        return cls(weights, tied, activations=_grouped(activations or {}), kv_cache=_grouped(kv or {}))
+
+    def by_module(self, key: str) -> dict[str, ActivationScheme]:
+        """Activation schemes by module: of layer inputs (``"activations"``), or of keys and values (``"kv_cache"``).
+
+        Raises:
+            ValueError: for a bad scheme.
+        """
+        found: dict[str, ActivationScheme] = {}
+        for group in getattr(self, key, ()):
+            scheme = ActivationScheme.parse(group["scheme"])
+            found |= {str(name): scheme for name in group["modules"] if scheme is not None}
+        return found
 
     def packed(self) -> Packed:
         """Scheme and shape of every packed module.
@@ -114,6 +145,13 @@ class FewbitsConfig(QuantizationConfigMixin):
                 scheme.check_shape(shape, name=name)
                 found[name] = (scheme, (shape[0], shape[1]))
         return found
+
+
+def _grouped(schemes: ByModule) -> list[dict[str, Any]]:
+    groups: dict[ActivationScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    return [{"scheme": scheme.to_dict(), "modules": names} for scheme, names in groups.items()]
 
 
 def _group(group: Any) -> Mapping[str, Any]:
@@ -166,6 +204,7 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
         ValueError: for a module that the model lacks, or one of another shape.
     """
     owners: dict[str, QuantizedLayer] = {}
+    inputs = config.by_module("activations")
     for name, (scheme, shape) in config.packed().items():
         place = _find(model, name)
         if place is None:
@@ -175,6 +214,7 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
         if new.shape != shape:
             raise ValueError(f"{name} has shape {new.shape} in the model and {shape} in quantization_config")
         owners[name] = new
+        _add_input_(new, inputs.get(name))
         replace_module_(model, place, new)
     for name, owner in config.tied.items():
         place = _find(model, name)
@@ -182,8 +222,23 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
             module = model.get_submodule(place)
             new = empty_quantized(module, owners[owner].scheme, _dtype(module), device="meta")
             drop_buffers_(new, owners[owner])
+            _add_input_(new, inputs.get(name))
             replace_module_(model, place, new)
+    quantize_kv_(model, _placed(model, config.by_module("kv_cache")))
     forget_ties_(model)
+
+
+def _add_input_(layer: QuantizedLayer, scheme: ActivationScheme | None) -> None:
+    """An input quantizer whose numbers the file will bring."""
+    add_input_quantizer_(layer, scheme, device="meta")
+    if (quantizer := input_quantizer(layer)) is not None:
+        quantizer.ready = True
+
+
+def _placed(model: PreTrainedModel, schemes: ByModule) -> dict[str, ActivationScheme]:
+    """The schemes by the names that a bare base model has for its modules."""
+    base = model.base_model is model
+    return {name.removeprefix(f"{model.base_model_prefix}.") if base else name: s for name, s in schemes.items()}
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

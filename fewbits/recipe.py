@@ -34,9 +34,14 @@ class RuleSpec(_Part):
     surrogate: str | dict[str, Any] = "ste"
     embeddings: bool = False
     drive: str | dict[str, Any] | None = None
+    activation: str | dict[str, Any] | None = Field(
+        default=None, description="inputs of the layers: A8, or fields of fewbits.activations.ActivationScheme"
+    )
+    kv_cache: str | dict[str, Any] | None = Field(default=None, description="keys and values: KV4, or such fields")
 
     def build(self) -> Rule:
         """The rule itself."""
+        from fewbits.activations import read_spellings, split_scheme
         from fewbits.drives import drive_from_dict
         from fewbits.rotations import Rotation
         from fewbits.scheme import Scheme
@@ -50,15 +55,18 @@ class RuleSpec(_Part):
         if isinstance(self.scheme, dict):
             if options:
                 raise ValueError("options go with a scheme given as text; put them into the scheme's mapping instead")
-            scheme = Scheme.from_dict(self.scheme)
+            scheme, activation, kv_cache = Scheme.from_dict(self.scheme), None, None
         else:
-            scheme = Scheme.parse(self.scheme, **options)
+            weights, activation, kv_cache = split_scheme(self.scheme)
+            scheme = Scheme.parse(weights, **options)
         return Rule(
             pattern=self.pattern,
             scheme=scheme,
             surrogate=surrogate_from_dict(self.surrogate),
             embeddings=self.embeddings,
             drive=None if self.drive is None else drive_from_dict(self.drive),
+            activation=read_spellings("activation", activation, self.activation),
+            kv_cache=read_spellings("kv_cache", kv_cache, self.kv_cache),
         )
 
 

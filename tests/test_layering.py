@@ -17,7 +17,7 @@ MAX_LINES = 400
 # A file imports only from entries above its own, or from its own package.
 ORDER = [
     "numerics", "grids", "scales", "rotations", "scheme", "qtensor", "kmeans",
-    "surrogates", "fake_quant", "drives",
+    "surrogates", "fake_quant", "drives", "activations",
     "packing", "nn", "convert",
     "optim", "objectives",
     "io", "weight_files", "pretrained", "quantizer", "checkpoint",

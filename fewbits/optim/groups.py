@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from fewbits.activations.module import input_quantizers
 from fewbits.convert import owned_layers
 
 
@@ -28,7 +29,7 @@ def parameter_groups(
 
     Returns:
         Dicts with ``params``, ``lr``, ``weight_decay`` and ``name`` (``latent``, ``scale``, ``rest`` or
-        ``rest_no_decay``).
+        ``rest_no_decay``; of quantized inputs ``activation``, at the scales' rate, with the decay of their scheme).
 
     Raises:
         ValueError: if the model has no prepared layer, or nothing is left to train.
@@ -44,6 +45,12 @@ def parameter_groups(
         "rest": {"params": [], "lr": rest_learning_rate, "weight_decay": weight_decay},
         "rest_no_decay": {"params": [], "lr": rest_learning_rate, "weight_decay": 0.0},
     }
+    decays: dict[int, float] = {}
+    for _, quantizer in input_quantizers(model):
+        decays |= {id(p): quantizer.scheme.decay for p in quantizer.parameters()}
+    for decay in sorted(set(decays.values())):
+        name = "activation" if decay == 0 else f"activation_decay_{decay:g}"
+        groups[name] = {"params": [], "lr": scale_learning_rate, "weight_decay": decay}
     for p in model.parameters():
         if not p.requires_grad:
             continue
@@ -51,6 +58,8 @@ def parameter_groups(
             name = "latent"
         elif id(p) in scales:
             name = "scale"
+        elif id(p) in decays:
+            name = "activation" if decays[id(p)] == 0 else f"activation_decay_{decays[id(p)]:g}"
         else:
             name = "rest" if p.ndim > 1 else "rest_no_decay"
         groups[name]["params"].append(p)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fewbits.activations.kv_cache import choose_kv, quantize_kv_
+from fewbits.activations.module import add_input_quantizer_
 from fewbits.convert import Rule, add_tied_partners_, replace_module_, select_layers, training_layer
 from fewbits.nn import QATLayer
 from fewbits.ptq._base import PTQResult
@@ -95,7 +97,7 @@ class Plan:
         )
 
     def finish_(self) -> None:
-        """Layers whose weight is tied to a quantized one use it."""
+        """Layers whose weight is tied to a quantized one use it; activations are quantized from now on."""
         for name, owner_name in self._partners.items():
             owner, module = self.model.get_submodule(owner_name), self.model.get_submodule(name)
             assert isinstance(owner, QATLayer)
@@ -103,6 +105,10 @@ class Plan:
             new.setup_(owner.scheme, owner.surrogate, owner)
             new.train(module.training)
             replace_module_(self.model, name, new)
+        for name, rule in self.rules.items():
+            layer = self.layer(name)
+            add_input_quantizer_(layer, rule.activation, device=layer.weight.device)
+        quantize_kv_(self.model, choose_kv(self.model, {name: rule.kv_cache for name, rule in self.rules.items()}))
 
 
 def _check(name: str, layer: QATLayer, result: PTQResult) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fewbits.activations.module import INPUT, input_quantizer, quantize_input
 from fewbits.nn import QuantizedEmbedding, QuantizedLinear
 from fewbits.runtime.packed import PackedWeight
 
@@ -72,6 +73,8 @@ class RuntimeLinear(RuntimeLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.packed, self.num_threads, self.dtype = packed, num_threads, layer.dtype
         self.bias = layer.bias
+        if (quantizer := input_quantizer(layer)) is not None:
+            self.add_module(INPUT, quantizer)
         self.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ class RuntimeLinear(RuntimeLayer):
             raise ValueError(
                 f"input is {tuple(input.shape)} on {input.device}; (.., {self.in_features}) on the CPU is needed"
             )
-        x = input.detach().reshape(-1, self.in_features).float()
+        x = quantize_input(self, input.detach()).reshape(-1, self.in_features).float()
         y = self.packed.linear(self.packed.scheme.rotation.apply(x), self.num_threads)
         if self.bias is not None:
             y += self.bias.detach().float()

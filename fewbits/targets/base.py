@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fewbits.activations.module import INPUT, input_quantizers, kv_schemes
+from fewbits.activations.scheme import ActivationScheme
 from fewbits.convert import qat_layers, quantized_layers
 from fewbits.io import read_json_object
 from fewbits.nn import QATLayer, QuantizedLayer
@@ -108,6 +110,30 @@ def ties(model: nn.Module) -> dict[str, str]:
     return {name: names[id(layer.owner)] for name, layer in layers.items() if layer.owner is not layer}
 
 
+def check_activations(target: Target, activations: Mapping[str, ActivationScheme | None]) -> None:
+    """Refuse quantized activations unless the target keeps them.
+
+    Args:
+        target: a target; one that keeps them has ``holds_activations = True``.
+        activations: by module, schemes of layer inputs, or of keys and values.
+
+    Raises:
+        ValueError: naming the first module.
+    """
+    for name, scheme in activations.items():
+        if scheme is not None and not getattr(target, "holds_activations", False):
+            raise ValueError(
+                f"target {target.name!r} cannot hold the quantized activations of {name} ({scheme.summary}): its files "
+                "describe weights alone, so an engine would compute something else than what was trained; use target "
+                "'hf', or train with A16 and without KV"
+            )
+
+
+def activations_of(model: nn.Module) -> dict[str, ActivationScheme | None]:
+    """Schemes of all quantized layer inputs, keys and values of a model, by module."""
+    return {**{name: quantizer.scheme for name, quantizer in input_quantizers(model)}, **kv_schemes(model)}
+
+
 def schemes(model: nn.Module) -> dict[str, tuple[Scheme, tuple[int, int]]]:
     """Scheme and shape ``(out_features, in_features)`` of every owner."""
     found = {}
@@ -141,7 +167,7 @@ def plain_tensors(model: Any) -> dict[str, Tensor]:
     state = {}
     for key, value in model.state_dict().items():
         name, _, leaf = key.rpartition(".")
-        if name not in layers or leaf == "bias":
+        if (name not in layers or leaf == "bias") and not name.endswith(f".{INPUT}"):
             state[key] = value
     return drop_ties(model, state)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fewbits.activations.module import INPUT, input_quantizers, kv_schemes
 from fewbits.io import read_json_object
 from fewbits.nn import QuantizedLinear
 from fewbits.qtensor import QTensor
@@ -47,6 +48,7 @@ class HF:
     """
 
     name: str = "hf"
+    holds_activations: ClassVar[bool] = True
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None unless the scheme does not fit the shape at all."""
@@ -58,7 +60,7 @@ class HF:
 
     def write(self, model: Any, tokenizer: Any | None, folder: Path) -> None:
         """Codes and scales of every trained layer, all other tensors as they are."""
-        state = plain_tensors(model)
+        state = self.expected_tensors(model)
         packed: Packed = {}
         for name, q in model_codes(model).items():
             packed[name] = (q.scheme, (q.shape[0], q.shape[1]))
@@ -66,7 +68,8 @@ class HF:
             layer.load_qtensor_(q)
             state |= {f"{name}.{key}": value for key, value in layer.named_buffers()}
         save_plain(model, state, tokenizer, folder, save_original_format=False)
-        config = FewbitsConfig.from_packed(packed, ties(model))
+        inputs = {name: quantizer.deployed().scheme for name, quantizer in input_quantizers(model)}
+        config = FewbitsConfig.from_packed(packed, ties(model), inputs, kv_schemes(model))
         patch_config(folder, quantization_config=config.to_dict())
         (folder / "README.md").write_text(_README, encoding="utf-8")
 
@@ -85,8 +88,11 @@ class HF:
         }
 
     def expected_tensors(self, model: Any) -> dict[str, Tensor]:
-        """Norms, biases and whatever was not quantized."""
-        return plain_tensors(model)
+        """Norms, biases and whatever was not quantized; static activation scales as constants."""
+        state = plain_tensors(model)
+        for name, quantizer in input_quantizers(model):
+            state |= {f"{name}.{INPUT}.{key}": value for key, value in quantizer.deployed().named_buffers()}
+        return state
 
     def load(self, folder: Path, like: Any) -> nn.Module:
         """``AutoModelForCausalLM.from_pretrained``."""
