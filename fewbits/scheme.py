@@ -71,7 +71,10 @@ class Scheme:
         if not match:
             raise ValueError(f"scheme {text!r} is not of the form W<1|1.58|2..8>[H|K][A16][G<size>], e.g. W2A16G64")
         if match["act"] not in (None, "16"):
-            raise ValueError(f"scheme {text!r} asks for {match['act']}-bit activations; only A16 (none) is supported")
+            raise ValueError(
+                f"scheme {text!r} asks for {match['act']}-bit activations; only A16 (none) is of the weights: give the "
+                "whole text to Rule or a recipe's rule, which take activations out of it"
+            )
         grid = _grid(text, match["bits"], match["letter"])
         group = int(match["group"] or -1)
         fields: dict[str, Any] = {} if group < 0 else {"granularity": "per_group", "group_size": group}

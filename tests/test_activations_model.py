@@ -27,6 +27,7 @@ from fewbits.optim.groups import parameter_groups
 from fewbits.ptq import apply_ptq
 from fewbits.quantizer import FewbitsConfig
 from fewbits.runtime import to_runtime
+from fewbits.runtime.decoder import refusal
 from fewbits.targets import TARGETS
 from fewbits.testing.tiny import TINY_MODELS, tiny_llama, toy_blocks
 
@@ -102,7 +103,7 @@ def test_the_attention_wrapper_alone_changes_nothing(attention: str) -> None:
 
 
 def test_keys_are_quantized_after_the_rotary_embedding_per_head_and_token() -> None:
-    """What the quantizer sees is what attention uses: two keys and values a layer, of shape (.., heads, tokens, dim)."""
+    """What the quantizer sees is what attention uses, of shape (.., heads, tokens, dim)."""
     model, x = prepare(tiny_llama(), rule("W4KV4")), toy_blocks(2, 16)
     seen: list[tuple[int, ...]] = []
     for name in kv_schemes(model):
@@ -113,7 +114,7 @@ def test_keys_are_quantized_after_the_rotary_embedding_per_head_and_token() -> N
 
 
 def test_rules_of_one_attention_must_agree_and_reach_one() -> None:
-    with pytest.raises(ValueError, match="disagree on kv_cache inside model.layers.0.self_attn"):
+    with pytest.raises(ValueError, match=r"disagree on kv_cache inside model\.layers\.0\.self_attn"):
         prepare(tiny_llama(), [rule("W4KV4", pattern="*.k_proj"), rule("W4")])
     with pytest.raises(ValueError, match="reaches no attention module"):
         prepare(tiny_llama(), rule("W4KV4", pattern="*.mlp.*"))
@@ -222,6 +223,7 @@ def test_the_runtime_quantizes_inputs_as_the_converted_model_does() -> None:
     with torch.inference_mode():
         assert torch.equal(to_runtime(model, kernel="torch")(x).logits.argmax(-1), expected.argmax(-1))
         torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=2e-3)  # a code may flip by rounding
+    assert "quantized as they were in training" in str(refusal(model))
 
 
 def test_ptq_starts_a_model_with_quantized_activations() -> None:

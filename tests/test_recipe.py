@@ -47,7 +47,7 @@ def test_rule_options_and_surrogates() -> None:
         ("rules: [{scheme: W9}]", [], "W9"),
         ("rules: [{scheme: W2, surrogate: foo}]", [], "unknown surrogate 'foo'; known surrogates: ste"),
         ("rules: [{scheme: W2, surrogate: {name: jacquant, betta: 1}}]", [], "no option 'betta'"),
-        ("rules: [{scheme: W2A8}]", [], "8-bit activations"),
+        ("rules: [{scheme: W2A9}]", [], "whole number from 1 to 8"),
         ("rules: []", [], "rules"),
         ("data: {source: text}", [], "need a path"),
         ("data: {source: self}", [], "needs data.max_tokens"),

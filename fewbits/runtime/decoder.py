@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.activations.module import input_quantizers, kv_schemes
 from fewbits.runtime.build import Block, Stack, load_kernels
 from fewbits.runtime.linear import RuntimeLinear
 
@@ -46,6 +47,8 @@ def refusal(model: Any) -> str | None:
         return f"rotary embedding of kind {rope!r}"
     if config.hidden_act not in ("silu", "swish"):
         return f"activation function {config.hidden_act!r}"
+    if kv_schemes(model) or any(True for _ in input_quantizers(model)):
+        return "its activations, or keys and values, are quantized as they were in training"
     for index, block in enumerate(model.model.layers):
         for name, layer in zip(_LAYERS, _projections(block), strict=True):
             if not isinstance(layer, RuntimeLinear):
