@@ -1,7 +1,7 @@
 """From a recipe to a run folder: load, prepare, train, evaluate, save. The command line only calls this.
 
 A run folder holds ``recipe.yaml`` (every field), ``environment.json``, ``metrics.jsonl``, ``checkpoint-N/``,
-``histogram.json``, ``eval.json`` and, when it is finished, ``model/``.
+``histogram.json``, ``windows.json`` if asked for, ``eval.json`` and, when it is finished, ``model/``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fewbits.convert import matches, owned_layers, prepare, select_layers
 from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
 from fewbits.evaluate import EvalResult, evaluate, versions
-from fewbits.io import write_text
+from fewbits.io import write_json, write_text
 from fewbits.optim.build import OWN_NAMES
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
@@ -35,6 +35,7 @@ from fewbits.targets import get_target
 from fewbits.targets.base import check_activations
 from fewbits.training import QATSettings, QATTrainer
 from fewbits.training.telemetry import weight_histogram
+from fewbits.training.windows import WINDOWS_FILE, WindowsCallback
 
 RECIPE_FILE = "recipe.yaml"
 EVAL_FILE = "eval.json"
@@ -156,6 +157,7 @@ def training_arguments(recipe: Recipe, folder: Path, *, quiet: bool = False) -> 
 def training_settings(recipe: Recipe) -> QATSettings:
     """The trainer's settings of a recipe."""
     t = recipe.train
+    vr = t.variance_reduction
     return QATSettings(
         objective=recipe.objective.build(),
         scale_learning_rate=t.scale_learning_rate,
@@ -169,6 +171,9 @@ def training_settings(recipe: Recipe) -> QATSettings:
         activation_noise_bits=t.activation_noise_bits,
         keep_best_interval=t.keep_best_interval,
         codebooks=None if recipe.codebooks is None else recipe.codebooks.build(recipe.seed),
+        calibration=t.telemetry_calibration,
+        variance_reduction=None if vr is None else vr.build(recipe.seed),
+        num_reference_batches=16 if vr is None else vr.num_reference_batches,
     )
 
 
@@ -258,6 +263,7 @@ def run(
         save_prepared(model, tokenizer, folder / "model")
         return RunResult(folder, model, tokenizer, scores)
     train, best = hold_out_best(recipe, train)
+    watch = None if recipe.train.window_interval is None else WindowsCallback(recipe.train.window_interval)
     trainer = QATTrainer(
         model,
         training_arguments(recipe, folder, quiet=quiet),
@@ -265,11 +271,13 @@ def run(
         settings=training_settings(recipe),
         best_blocks=best,
         train_dataset=train,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([] if watch is None else [watch])],
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if watch is not None:
+        write_json(folder / WINDOWS_FILE, watch.to_dict())
     model.eval()
     before = json.loads((folder / "histogram.json").read_text())
     write_text(folder / "histogram.json", json.dumps({**before, "after": weight_histogram(model)}))

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fewbits.convert import Rule
 from fewbits.objectives import Objective
+from fewbits.optim import VarianceReduction
 from fewbits.optim.build import check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
 
@@ -100,6 +101,19 @@ class DataSpec(_Part):
         return self
 
 
+class VarianceReductionSpec(_Part):
+    """A control variate, see :class:`fewbits.optim.VarianceReduction`; the seed is the recipe's."""
+
+    form: Literal["none", "l_svrg", "svrg", "sarah", "saga"] = "l_svrg"
+    probability: float = Field(default=1e-3, gt=0, le=1, description="of a new anchor at each step; l_svrg")
+    interval: int = Field(default=1000, ge=1, description="steps between exact reference gradients; svrg and sarah")
+    num_reference_batches: int = Field(default=16, ge=1, description="batches of the reference gradient")
+
+    def build(self, seed: int) -> VarianceReduction:
+        """The settings of the optimizer's wrapper."""
+        return VarianceReduction(form=self.form, probability=self.probability, interval=self.interval, seed=seed)
+
+
 class TrainSpec(_Part):
     """How it is trained; names are those of ``transformers.TrainingArguments`` where one exists."""
 
@@ -120,6 +134,13 @@ class TrainSpec(_Part):
     save_total_limit: int | None = Field(default=2, ge=1)
     logging_steps: int = Field(default=10, ge=1)
     telemetry_interval: int = Field(default=50, ge=1)
+    telemetry_calibration: bool = Field(
+        default=False, description="record how well the gain predicts the moves of the deployed weights"
+    )
+    window_interval: int | None = Field(
+        default=None, ge=1, description="steps between looks at every code, for windows.json; None looks at none"
+    )
+    variance_reduction: VarianceReductionSpec | None = None
     activation_checkpointing: bool = False
     bf16: bool = False
     activation_noise: float = Field(default=0.0, ge=0, le=1, description="probability of FPQ's feature perturbation")
@@ -307,5 +328,5 @@ def _explain(error: ValidationError) -> str:
 
 
 def _known_keys() -> list[str]:
-    parts = (Recipe, RuleSpec, DataSpec, TrainSpec, ObjectiveSpec, CodebookSpec)
+    parts = (Recipe, RuleSpec, DataSpec, TrainSpec, VarianceReductionSpec, ObjectiveSpec, CodebookSpec)
     return sorted({k for part in parts for k in part.model_fields})

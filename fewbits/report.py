@@ -14,6 +14,7 @@ from fewbits.io import read_json_object, write_text
 from fewbits.pipeline import EVAL_FILE, RECIPE_FILE, read_scores
 from fewbits.recipe import Recipe
 from fewbits.training.metrics import read_metrics
+from fewbits.training.windows import WINDOWS_FILE
 from fewbits.verify import ROW_HEADER, VerifyReport
 
 _STYLE = """
@@ -61,6 +62,18 @@ def score_rows(scores: Mapping[str, EvalResult]) -> list[list[str]]:
     return rows
 
 
+_WINDOW_MEANS = ("mean_window", "layer_window_mean")
+_WINDOW_SHARES = ("never_flipped", "outer_share", "jump_share", "return_share")
+_WINDOW_HEADER = (
+    "layer",
+    "flips per weight and step",
+    "window of a weight, steps",
+    "of the layer",
+    "never flipped",
+    "flips at an outer code",
+    "by more than one code",
+    "back to the code before",
+)
 SCORE_HEADER = ("model", "perplexity", "bits per byte", "KL to teacher", "top-1 agreement")
 
 
@@ -89,6 +102,8 @@ def training_figures(runs: Mapping[str, Path]) -> dict[str, str]:
         if series:
             label = heading.split(" over")[0].lower()
             sections[heading] = figure(plots.curves(series, x_label="optimizer step", y_label=label), caption)
+    for name, rows in metrics.items():
+        sections |= calibration_section(name, rows)
     name, folder = next(iter(runs.items()))
     if (folder / "histogram.json").exists():
         data = json.loads((folder / "histogram.json").read_text(encoding="utf-8"))
@@ -98,6 +113,58 @@ def training_figures(runs: Mapping[str, Path]) -> dict[str, str]:
                 plots.weight_histograms(before, after), f"All layers of {name} with this scheme."
             )
     return sections
+
+
+def calibration_section(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Whether the gain predicts how the deployed weights move; nothing if the run did not record it."""
+    slope = metric_series(rows, "qat/slope_mean")
+    if not slope:
+        return {}
+    gain = metric_series(rows, "qat/gain_mean") or [(step, 1.0) for step, _ in slope]
+    errors = {
+        "with the gain b": metric_series(rows, "qat/cal"),
+        "with b = 1": metric_series(rows, "qat/cal_identity"),
+        "with the best b": metric_series(rows, "qat/cal_best"),
+    }
+    content = figure(
+        plots.curves({"slope <dQ, dW> / |dW|^2": slope, "gain b": gain}, x_label="optimizer step", y_label="slope"),
+        "Moves of deployed over moves of latent weights since the last look, means over groups and layers.",
+    )
+    content += figure(
+        plots.curves(errors, x_label="optimizer step", y_label="cal", log_y=True),
+        "Squared relative error of dQ = b dW. What the best b leaves, no gain can predict.",
+    )
+    return {f"Calibration of the gain, {name}": content}
+
+
+def windows_section(folder: Path) -> dict[str, str]:
+    """How long codes stay, how often they flip, and where; nothing if the run did not watch them.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    if not (folder / WINDOWS_FILE).exists():
+        return {}
+    data = read_json_object(folder / WINDOWS_FILE)
+    try:
+        layers, first, last, interval = (data[key] for key in ("layers", "first_step", "last_step", "interval"))
+        rows, counts = [], [0] * 32
+        for name, layer in layers.items():
+            means = ["none" if layer[key] is None else f"{layer[key]:.4g}" for key in _WINDOW_MEANS]
+            shares = [f"{layer[key]:.1%}" for key in _WINDOW_SHARES]
+            rows.append([name, f"{layer['flip_rate']:.2e}", *means, *shares])
+            counts = [a + b for a, b in zip(counts, [*layer["window_counts"], *[0] * 32], strict=False)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / WINDOWS_FILE} is damaged: {error!r}") from None
+    content = html_table(_WINDOW_HEADER, rows)
+    closed = {f"{2**k}-{2 ** (k + 1) - 1}": [float(n)] for k, n in enumerate(counts) if n}
+    if closed:
+        content += figure(
+            plots.bars(closed, y_label="windows of single weights", log_y=True),
+            f"Completed windows by their length in steps. Codes were looked at every {interval} steps, from step "
+            f"{first} to {last}.",
+        )
+    return {"Code windows": content}
 
 
 def write_report(folder: str | Path) -> Path:
@@ -116,7 +183,7 @@ def write_report(folder: str | Path) -> Path:
         f"On {next(iter(scores.values())).num_tokens} held-out tokens.",
     )
     if Recipe.load(folder / RECIPE_FILE).train.max_steps > 0:
-        sections |= training_figures({"run": folder})
+        sections |= training_figures({"run": folder}) | windows_section(folder)
     verdicts = [VerifyReport(**read_json_object(path)) for path in sorted(folder.glob("export/*/verify.json"))]
     if verdicts:
         sections["Exports"] = html_table(ROW_HEADER, [verdict.row for verdict in verdicts])

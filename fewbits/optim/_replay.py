@@ -35,6 +35,16 @@ class Replay:
         return [value for _, layer in owned_layers(self.model) for value in layer.state().values()]
 
     @property
+    def reached(self) -> list[int]:
+        """Places of the parameters that some loss has reached."""
+        return sorted(self._reached)
+
+    @reached.setter
+    def reached(self, places: Sequence[int]) -> None:
+        """What a saved state had."""
+        self._reached = set(places)
+
+    @property
     def devices(self) -> list[int]:
         """CUDA devices of the weights."""
         return sorted({p.device.index or 0 for p in self.params if p.device.type == "cuda"})

@@ -277,6 +277,7 @@ class VarianceReduced:
             "mean": self._mean,
             "table": self._table,
             "coin": self._coin.get_state(),
+            "reached": self._replay.reached,
             "num_steps": self.num_steps,
             "num_passes": self.num_passes,
         }
@@ -294,6 +295,7 @@ class VarianceReduced:
         self._anchor, self._mean = _copied(state["anchor"]), _copied(state["mean"])
         self._table = [_copied(row) for row in state["table"]]
         self._coin.set_state(state["coin"])
+        self._replay.reached = state.get("reached", [])
         self.num_steps, self.num_passes = state["num_steps"], state["num_passes"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -19,12 +20,24 @@ from fewbits.data import TokenBlocks
 from fewbits.objectives import Objective, feature_distance
 from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
+from fewbits.optim.variance_reduced import VarianceReduced, VarianceReduction
 from fewbits.training.activation_noise import ActivationNoise
 from fewbits.training.averaging import EMACallback, WeightEMA
 from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback, first_non_finite
 from fewbits.training.codebooks import CodebookCallback, codebook_layers
 from fewbits.training.consistency import CONSISTENCY_FILE, Consistency
+from fewbits.training.variance import (
+    FixedBatches,
+    check_drives,
+    collect_batches,
+    load_variance,
+    reference_indices,
+    save_variance,
+    the_same_batch,
+)
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(RuntimeError):
@@ -48,9 +61,15 @@ class QATSettings:
         ema_decay: ship the mean :class:`~fewbits.training.averaging.WeightEMA` of the iterates; None ships the last.
         keep_best_interval: steps between looks of :class:`~fewbits.training.best.KeepBest`, if the trainer has blocks.
         codebooks: when codebooks are fitted; None leaves them as the schemes have them.
+        calibration: also record how well the gain predicts the moves of the deployed weights, see
+            :func:`fewbits.training.windows.calibration`.
+        variance_reduction: a control variate around the optimizer, see :mod:`fewbits.optim.variance_reduced`; None is
+            plain training, without a trace of it. On one process, without fp16.
+        num_reference_batches: batches of its reference gradient, spread evenly over the training data; with ``saga``
+            training sees these batches only.
 
     Raises:
-        ValueError: for negative rates, an unknown optimizer, or a mean beside a schedule-free optimizer.
+        ValueError: for negative rates, counts below 1, an unknown optimizer, or a mean beside a schedule-free one.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -65,14 +84,18 @@ class QATSettings:
     ema_decay: float | None = None
     keep_best_interval: int = 50
     codebooks: CodebookFit | None = None
+    calibration: bool = False
+    variance_reduction: VarianceReduction | None = None
+    num_reference_batches: int = 16
 
     def __post_init__(self) -> None:
         for name in ("scale_learning_rate", "rest_learning_rate"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be a finite number >= 0")
-        if self.telemetry_interval < 1:
-            raise ValueError(f"telemetry_interval={self.telemetry_interval} must be at least 1")
+        for name in ("telemetry_interval", "num_reference_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for chosen in (self.optim, self.rest_optim):
             if chosen is not None:
                 check_optimizer_name(chosen)
@@ -128,9 +151,15 @@ class QATTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.teacher = None if teacher is None else teacher.to(self.args.device)
         self.qat_callback = QATCallback(
-            Path(self.args.output_dir or ".") / "metrics.jsonl", telemetry_interval=self.settings.telemetry_interval
+            Path(self.args.output_dir or ".") / "metrics.jsonl",
+            telemetry_interval=self.settings.telemetry_interval,
+            calibration=self.settings.calibration,
         )
         self.add_callback(self.qat_callback)
+        self.variance: VarianceReduced | None = None
+        self._waiting: list[Any] = []
+        if self.settings.variance_reduction is not None:
+            self._check_variance(model)
         self._loaders: list[Callable[[Path], None]] = [self.qat_callback.telemetry.load]
         self._add_codebooks(model, best_blocks)
         ActivationNoise(self.settings.activation_noise, self.settings.activation_noise_bits).attach(model)
@@ -191,7 +220,84 @@ class QATTrainer(Trainer):
                 rest_optim=s.rest_optim,
                 options=s.optim_options,
             )
+            if s.variance_reduction is not None:
+                self.variance = self._make_variance(opt_model, s.variance_reduction)
         return self.optimizer
+
+    def _check_variance(self, model: nn.Module) -> None:
+        """Refuse what the two passes of a step do not work with, before anything is allocated."""
+        if self.args.world_size > 1 or self.args.n_gpu > 1 or self.args.fp16:
+            raise ValueError(
+                "variance reduction runs on one process and one device, without fp16; train plainly or use bf16"
+            )
+        if self.settings.objective.consistency > 0 or self.settings.codebooks is not None:
+            raise ValueError(
+                "variance reduction needs one loss along the run; consistency and fits of codebooks change it"
+            )
+        check_drives(model)
+        self._reference_indices()
+
+    def _reference_indices(self) -> list[list[int]]:
+        size = len(self.train_dataset) if self.train_dataset is not None else 0  # type: ignore[arg-type]
+        return reference_indices(size, self.args.per_device_train_batch_size, self.settings.num_reference_batches)
+
+    def _make_variance(self, model: nn.Module, settings: VarianceReduction) -> VarianceReduced:
+        assert self.optimizer is not None
+        batches = collect_batches(self.train_dataset, self._reference_indices(), self.data_collator)
+        reference = [self._prepare_inputs(batch) for batch in batches]
+        variance = VarianceReduced(self.optimizer, model, reference, settings)
+        logger.warning(
+            "variance reduction (%s) keeps %.1f MiB more beside the weights and makes %.2f forward-and-backward "
+            "passes per minibatch instead of 1",
+            settings.form,
+            variance.extra_bytes / 2**20,
+            settings.expected_passes(len(reference)),
+        )
+        return variance
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As the Trainer's; SAGA's batches stay the same from epoch to epoch."""
+        s = self.settings.variance_reduction
+        if s is None or s.form != "saga":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return FixedBatches(self._reference_indices(), seed=seed)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """As the Trainer's; with variance reduction the micro-batches of a step wait for the last one.
+
+        All of them then run at the weights and again at the anchor; the logged loss is that at the weights.
+        """
+        if self.variance is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        optimizer: Any = self.optimizer
+        if hasattr(optimizer, "train"):  # schedule-free optimizers, as in the Trainer's own step
+            optimizer.train()
+        self._waiting.append(self._prepare_inputs(inputs))
+        if not self.accelerator.gradient_state.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._waiting = self._waiting, []
+        if self.variance.settings.form == "saga":
+            batches = [the_same_batch(batch, self.variance.reference) for batch in batches]
+
+        def loss_of(batch: Any) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, batch)
+
+        return self.variance.gradient_(loss_of, *batches)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.variance is not None:
+            save_variance(self.variance, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.variance is not None and checkpoint is not None:
+            load_variance(self.variance, Path(checkpoint))
 
     def compute_loss(
         self,

@@ -21,6 +21,7 @@ from fewbits.nn import QATLayer
 from fewbits.scales import GroupView, stored_scale
 from fewbits.surrogates import JacQuant
 
+WINDOWS_FILE = "windows.json"
 CALIBRATION_GROUP = 128
 """Weights per group of the calibration where the surrogate has no groups of its own."""
 
@@ -115,6 +116,11 @@ class CodeWindows:
         t.previous[where], t.last_flip[where] = t.codes[where].to(torch.int16), step
         t.codes, t.last_any = codes, step
 
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Optimizer steps at the start and at the last look."""
+        return self._start, self._now
+
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per layer, what happened since the start.
 
@@ -172,6 +178,16 @@ class WindowsCallback(TrainerCallback):
             raise ValueError(f"interval={interval} must be at least 1")
         self.interval = interval
         self.windows = CodeWindows()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run folder keeps: the interval, the steps that were watched, and the summary of every layer."""
+        first, last = self.windows.steps
+        return {
+            "interval": self.interval,
+            "first_step": first,
+            "last_step": last,
+            "layers": self.windows.summary(),
+        }
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
