@@ -74,12 +74,12 @@ def _table(header: tuple[str, ...] | list[str], rows: list[list[str]], title: st
 
 
 @app.command(
-    epilog="Examples: `fewbits train demo-jacquant -o runs/a` · "
+    epilog="Examples: `fewbits train W1.58 -o runs/a` · `fewbits train quest@W2G64 -o runs/q model=./my-model` · "
     "`fewbits train my.yaml -o runs/b train.max_steps=500 rules.0.scheme=W1.58A16G256` · "
     "`fewbits train my.yaml -o runs/b --resume`"
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, METHOD@SCHEME, or a scheme.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, dotted keys.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/latest"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
@@ -90,12 +90,12 @@ def train(
     ] = None,
 ) -> None:
     """Train a model as a recipe says."""
+    from fewbits.cookbook import find_recipe
     from fewbits.diagnose import watch_run
     from fewbits.pipeline import run
-    from fewbits.recipe import Recipe
     from fewbits.report import SCORE_HEADER, score_rows, write_report
 
-    chosen = Recipe.load(recipe, overrides or [])
+    chosen = find_recipe(recipe, overrides or [])
     callbacks = [] if watch is None else [watch_run(chosen, output, watch)]
     result = run(chosen, output, resume=resume, overwrite=overwrite, quiet=quiet, callbacks=callbacks)
     out.print(_table(SCORE_HEADER, score_rows(result.scores)))
@@ -286,18 +286,21 @@ def demo(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Examples: `fewbits recipes` · `fewbits recipes demo-jacquant > my.yaml`")
+@app.command(epilog="Examples: `fewbits recipes` · `fewbits recipes quest@W2G64 > my.yaml`")
 def recipes(name: Annotated[str | None, typer.Argument(help="Print this one in full.")] = None) -> None:
-    """List the shipped recipes, or print one."""
-    from fewbits.recipe import Recipe, shipped_recipes
+    """List the recipes by name, or print one."""
+    from fewbits.cookbook import find_recipe, named_recipes
+    from fewbits.recipe import shipped_recipes
 
     found = shipped_recipes()
     if name is not None:
-        typer.echo(Recipe.load(name).to_yaml(), nl=False)
+        typer.echo(find_recipe(name).to_yaml(), nl=False)
         return
     for key, text in found.items():
         first = text.splitlines()[0].lstrip("# ")
         out.print(f"[bold]{key}[/]  {escape(first)}")
+    for key, summary in named_recipes().items():
+        out.print(f"[bold]{key}[/]  {escape(summary)}")
 
 
 app.add_typer(runtime_app)

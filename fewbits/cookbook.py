@@ -1,0 +1,106 @@
+"""Recipes by name: a file, a shipped recipe, ``METHOD@SCHEME`` for any method of the field, or a scheme alone."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fewbits.arena import METHODS, NotForScheme
+from fewbits.arena.methods import rule_for, split_scheme
+from fewbits.recipe import Recipe, shipped_recipes
+
+NUM_STEPS = 200
+LEARNING_RATE = 5e-4
+BATCH_SIZE = 4
+"""Of a recipe by name, unless overridden: the demo's budget, some minutes for the embedded model on a processor."""
+DEFAULT_METHODS: dict[str, str] = {"1": "clipped_ste", "1.58": "clipped_ste", "2": "clipped_ste"}
+"""The arena's choice by bit-width."""
+OTHER_BITS = "clipped_ste"
+"""At bit-widths that the arena has not compared."""
+
+
+def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a command means.
+
+    Args:
+        name: a YAML file; a shipped recipe (``fewbits recipes``); ``METHOD@SCHEME``, a method of the arena at a scheme,
+            such as ``quest@W2G64`` (``fewbits arena --list``); or a scheme, such as ``W1.58``, at which the default
+            method is the arena's choice.
+        overrides: ``key=value`` pairs, as :meth:`fewbits.recipe.Recipe.parse`.
+
+    Raises:
+        ValueError: if there is no such recipe, or the method is not defined at the scheme.
+
+    Example:
+        >>> find_recipe("quest@W1", ["train.max_steps=50"]).rules[0].surrogate
+        {'name': 'clipped_ste', 'edge': 1.3}
+        >>> find_recipe("W2G64") == find_recipe(f"{DEFAULT_METHODS['2']}@W2G64")
+        True
+    """
+    text = str(name)
+    if Path(text).is_file() or text in shipped_recipes():
+        return Recipe.load(text, overrides)
+    method, at, scheme = text.partition("@")
+    if at:
+        return method_recipe(method, scheme, overrides)
+    try:
+        bits, _ = split_scheme(text)
+    except ValueError:
+        return Recipe.load(text, overrides)  # which says what there is
+    return method_recipe(DEFAULT_METHODS.get(bits, OTHER_BITS), text, overrides)
+
+
+def method_recipe(name: str, scheme: str, overrides: Sequence[str] = ()) -> Recipe:
+    """One method of the arena at one scheme, on the embedded model unless overridden.
+
+    Raises:
+        ValueError: for an unknown method, one that is not defined at the scheme, or one that no recipe can say.
+
+    Example:
+        >>> method_recipe("kmeans", "W2G64").codebooks is not None
+        True
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else f"; methods: {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {name!r} in {f'{name}@{scheme}'!r}{hint}")
+    method = METHODS[name].at(split_scheme(scheme)[0])
+    if method.stage == "fp_then_ptq":
+        raise ValueError(f"{name} is a control of the arena, full precision first; it has no recipe")
+    steps = 0 if method.stage == "ptq" else NUM_STEPS
+    train: dict[str, Any] = {"max_steps": steps, "batch_size": BATCH_SIZE}
+    train["learning_rate"] = LEARNING_RATE * method.rate_factor
+    if method.rate_factor != 1 and "rest_optim" in method.train:
+        train |= {"scale_learning_rate": LEARNING_RATE, "rest_learning_rate": LEARNING_RATE}
+    fields: dict[str, Any] = {
+        "rules": [rule_for(name, method, scheme, num_steps=NUM_STEPS)],
+        "init": method.init,
+        "train": train | method.train,
+    }
+    if method.objective is not None:
+        fields["objective"] = method.objective
+    if method.fit_codebooks:
+        fields["codebooks"] = {"step": 0}
+    return Recipe.parse(yaml.safe_dump(fields, sort_keys=False), overrides)
+
+
+def named_recipes(scheme: str = "W2G64") -> dict[str, str]:
+    """``METHOD@SCHEME`` and what it is, for every method that is defined there.
+
+    Example:
+        >>> named_recipes("W1.58")["bitnet@W1.58"]
+        'Scales that are the mean size at every step, identity STE.'
+    """
+    found = {}
+    for name, method in METHODS.items():
+        try:
+            rule_for(name, method, scheme, num_steps=NUM_STEPS)
+        except NotForScheme:
+            continue
+        if method.stage != "fp_then_ptq":
+            found[f"{name}@{scheme}"] = method.summary
+    return found

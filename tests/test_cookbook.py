@@ -1,0 +1,77 @@
+"""Recipes by name: every method of the arena, defaults by bit-width, clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fewbits.arena import METHODS, ArenaSettings, NotForScheme
+from fewbits.arena.methods import rule_for
+from fewbits.cookbook import DEFAULT_METHODS, LEARNING_RATE, NUM_STEPS, find_recipe, method_recipe, named_recipes
+from fewbits.pipeline import run
+from fewbits.recipe import Recipe
+
+
+@pytest.mark.parametrize("scheme", ["W2G64", "W1.58", "W1"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_arenas_recipe(name: str, scheme: str) -> None:
+    method = METHODS[name]
+    try:
+        rule = rule_for(name, method, scheme, num_steps=NUM_STEPS)
+    except NotForScheme as error:
+        with pytest.raises(ValueError, match=str(error)[:20]):
+            method_recipe(name, scheme)
+        return
+    if method.stage == "fp_then_ptq":
+        with pytest.raises(ValueError, match="no recipe"):
+            find_recipe(f"{name}@{scheme}")
+        return
+    recipe = find_recipe(f"{name}@{scheme}")
+    settings = ArenaSettings(schemes=(scheme,), methods=(name,), budget=f"steps={NUM_STEPS}")
+    arena = settings.recipe(scheme, name, None if method.stage == "ptq" else LEARNING_RATE, 0)
+    assert recipe.rules[0].build() == arena.rules[0].build()
+    assert recipe.rules[0].model_dump()["scheme"] == rule["scheme"]
+    assert (recipe.init, recipe.objective) == (arena.init, arena.objective)
+    for key in ("optim", "rest_optim", "optim_options", "ema_decay", "activation_noise", "max_steps"):
+        assert getattr(recipe.train, key) == getattr(arena.train, key), key
+    if arena.train.max_steps:
+        assert recipe.train.learning_rate == arena.train.learning_rate
+    assert (recipe.codebooks is not None) == method.fit_codebooks
+
+
+def test_a_scheme_alone_takes_the_default_method() -> None:
+    for bits, method in DEFAULT_METHODS.items():
+        assert find_recipe(f"W{bits}") == method_recipe(method, f"W{bits}")
+    assert find_recipe("W4G64").rules[0].build().scheme.name == "W4A16G64"
+
+
+def test_files_and_shipped_recipes_come_first(tmp_path: Path) -> None:
+    assert find_recipe("demo-jacquant", ["seed=3"]) == Recipe.load("demo-jacquant", ["seed=3"])
+    file = tmp_path / "quest@W2"
+    file.write_text("seed: 7")
+    assert find_recipe(file).seed == 7
+
+
+def test_unknown_names_say_what_is_near() -> None:
+    with pytest.raises(ValueError, match="did you mean quest"):
+        find_recipe("qeust@W2G64")
+    with pytest.raises(ValueError, match="did you mean demo-jacquant"):
+        find_recipe("demo-jaquant")
+    with pytest.raises(ValueError, match="W9"):
+        find_recipe("quest@W9")
+    with pytest.raises(ValueError, match="sign and a ternary"):
+        find_recipe("bitnet@W2G64")
+
+
+def test_the_list_holds_what_can_be_run() -> None:
+    names = named_recipes()
+    assert "kmeans@W2G64" in names
+    assert "bitnet@W2G64" not in names
+    assert all(find_recipe(name) for name in names)
+
+
+def test_a_method_by_name_runs(tmp_path: Path) -> None:
+    small = ["train.max_steps=1", "train.batch_size=1", "data.block_size=32", "data.eval_tokens=64"]
+    result = run(find_recipe("kmeans@W2G64", [*small, "data.max_tokens=512"]), tmp_path / "run", quiet=True)
+    assert set(result.scores) == {"fp", "rtn", "qat"}
