@@ -118,7 +118,7 @@ def run_cell(settings: ArenaSettings, cell: Cell, folder: Path) -> CellResult:
     batches = Batches(recipe.train.max_steps * recipe.train.gradient_accumulation_steps)
     times, message = StepTimes(), ""
     try:
-        model = _train(recipe, method, model, teacher, texts["train"], batches, times)
+        model = train_method(recipe, method, model, teacher, texts["train"], batches, times)
     except TrainingDiverged as error:
         message = str(error)
     used, peak = time.process_time() - cpu, memory.peak()
@@ -153,7 +153,7 @@ def run_cell(settings: ArenaSettings, cell: Cell, folder: Path) -> CellResult:
     )
 
 
-def _train(
+def train_method(
     recipe: Recipe,
     method: Method,
     model: nn.Module,
@@ -162,7 +162,7 @@ def _train(
     batches: Batches,
     times: StepTimes,
 ) -> nn.Module:
-    """The model that the cell ends with, prepared and in eval mode."""
+    """Start and train as the method says, in place; the model that a cell ends with, prepared and in eval mode."""
     rules = [rule.build() for rule in recipe.rules]
     if method.stage == "fp_then_ptq":
         _start(recipe, rules, model, "rtn", text)
