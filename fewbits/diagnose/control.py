@@ -23,30 +23,33 @@ from fewbits.convert import owned_layers, prepare
 from fewbits.data import TokenBlocks
 from fewbits.diagnose.stages import model_digest
 from fewbits.io import atomic_file
-from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, training_arguments
+from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, hold_out_best, training_arguments, training_settings
 from fewbits.ptq import apply_ptq
 from fewbits.recipe import ObjectiveSpec, Recipe
-from fewbits.training import QATSettings, QATTrainer
+from fewbits.training import QATTrainer
 
 CONTROL_FILE = "control.safetensors"
 
 
 def control_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the control: nothing but the objective may differ, and only where it must.
+    """The recipe of the control: the run's without what imitates rounding, and another objective only where it must.
 
+    Drives, surrogates, codebooks and activation noise go; steps, data, seed, rates and optimizers stay.
     Distilling a model from itself has the gradient 0 before any rounding, so a control with that objective would stay
     where it is. There the control minimizes cross-entropy on the same text.
 
     Example:
-        >>> control_recipe(Recipe()).objective
-        ObjectiveSpec(cross_entropy=1.0, kl=0.0, temperature=1.0)
+        >>> control_recipe(Recipe()).objective == ObjectiveSpec(cross_entropy=1.0, kl=0.0)
+        True
         >>> control_recipe(Recipe(objective=ObjectiveSpec(cross_entropy=0.5))).objective.kl
         1.0
     """
     still = recipe.teacher is None and recipe.objective.cross_entropy == 0
     objective = ObjectiveSpec(cross_entropy=1.0, kl=0.0) if still else recipe.objective
     rules = [rule.model_copy(update={"drive": None, "surrogate": "ste"}) for rule in recipe.rules]
-    return recipe.model_copy(update={"objective": objective, "rules": rules})
+    train = recipe.train.model_copy(update={"activation_noise": 0.0})
+    changes = {"objective": objective, "rules": rules, "codebooks": None, "train": train}
+    return recipe.model_copy(update=changes)
 
 
 def rounded_start(model: nn.Module, recipe: Recipe, text: TokenBlocks) -> nn.Module:
@@ -97,6 +100,7 @@ def train_control(
     for _, layer in owned_layers(arm):
         layer.fake_quant_enabled = False
     freeze_(arm, recipe.train.freeze)
+    train_text, best = hold_out_best(recipe, text)
     steps = recipe.train.max_steps
     train = recipe.train.model_copy(update={"save_steps": max(1, steps // 4), "save_total_limit": 1})
     work = folder / f"control-{digest[:16]}"  # named by the digest: its checkpoints are of this very training
@@ -104,13 +108,9 @@ def train_control(
         arm,
         training_arguments(recipe.model_copy(update={"train": train}), work, quiet=True),
         teacher=copy.deepcopy(model) if teacher is None else teacher,
-        settings=QATSettings(
-            objective=recipe.objective.build(),
-            scale_learning_rate=recipe.train.scale_learning_rate,
-            rest_learning_rate=recipe.train.rest_learning_rate,
-            telemetry_interval=recipe.train.telemetry_interval,
-        ),
-        train_dataset=text,
+        settings=training_settings(recipe),
+        best_blocks=best,
+        train_dataset=train_text,
     )
     trainer.remove_callback(PrinterCallback)
     checkpoints = sorted(work.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
