@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from fewbits.cli_arena import arena_app
 from fewbits.cli_diagnose import diagnose_app
 from fewbits.cli_runtime import runtime_app
+from fewbits.cli_teach import teach_app
 
 USER_ERRORS = (ValueError, OSError, ImportError, RuntimeError)
 
@@ -306,6 +307,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="Print this one in f
 app.add_typer(runtime_app)
 app.add_typer(arena_app)
 app.add_typer(diagnose_app)
+app.add_typer(teach_app)
 
 
 def main() -> None:

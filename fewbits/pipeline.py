@@ -13,27 +13,35 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback
 
 from fewbits.activations import calibrate_activations_
-from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer, save_prepared
+from fewbits.checkpoint import (
+    is_prepared_folder,
+    load_model,
+    load_prepared,
+    load_tokenizer,
+    model_digest,
+    save_prepared,
+)
 from fewbits.convert import matches, owned_layers, prepare, select_layers
 from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.io import write_json, write_text
-from fewbits.optim.build import OWN_NAMES
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
 from fewbits.recipe import DataSpec, Recipe
 from fewbits.smollm2 import smollm2_path
 from fewbits.targets import get_target
 from fewbits.targets.base import check_activations
-from fewbits.training import QATSettings, QATTrainer
+from fewbits.teacher_logits import Dtype, LogitsManifest, TeacherLogits, is_teacher_logits, write_teacher_logits
+from fewbits.training import QATTrainer
+from fewbits.training.from_recipe import hold_out_best, training_arguments, training_settings
 from fewbits.training.telemetry import weight_histogram
 from fewbits.training.windows import WINDOWS_FILE, WindowsCallback
 
@@ -125,67 +133,44 @@ def freeze_(model: nn.Module, patterns: Sequence[str]) -> None:
             p.requires_grad_(False)
 
 
-def training_arguments(recipe: Recipe, folder: Path, *, quiet: bool = False) -> TrainingArguments:
-    """The Trainer's arguments of a recipe."""
-    t = recipe.train
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=t.max_steps,
-        per_device_train_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=t.learning_rate,
-        weight_decay=t.weight_decay,
-        lr_scheduler_type=t.lr_scheduler_type,
-        warmup_steps=t.warmup_steps,
-        max_grad_norm=t.max_grad_norm,
-        optim="adamw_torch" if t.optim in OWN_NAMES else t.optim,  # training_settings has the name itself
-        save_strategy="no" if t.save_steps is None else "steps",
-        save_steps=t.save_steps or 500,
-        save_total_limit=t.save_total_limit,
-        logging_steps=t.logging_steps,
-        activation_checkpointing=t.activation_checkpointing,
-        bf16=t.bf16,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        report_to=[] if quiet else ["tensorboard"],
-        disable_tqdm=quiet,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+def _teacher_logits(recipe: Recipe) -> TeacherLogits | None:
+    """The teacher on disk that the recipe names, if it names one; checked before anything else is loaded."""
+    if recipe.teacher is None or not is_teacher_logits(recipe.teacher):
+        return None
+    if recipe.objective.features:
+        raise ValueError(f"objective.features needs a teacher that runs; {recipe.teacher} has logits only")
+    return TeacherLogits(recipe.teacher)
 
 
-def training_settings(recipe: Recipe) -> QATSettings:
-    """The trainer's settings of a recipe."""
-    t = recipe.train
-    vr = t.variance_reduction
-    return QATSettings(
-        objective=recipe.objective.build(),
-        scale_learning_rate=t.scale_learning_rate,
-        rest_learning_rate=t.rest_learning_rate,
-        telemetry_interval=t.telemetry_interval,
-        optim=t.optim,
-        rest_optim=t.rest_optim,
-        optim_options=t.optim_options,
-        ema_decay=t.ema_decay,
-        activation_noise=t.activation_noise,
-        activation_noise_bits=t.activation_noise_bits,
-        keep_best_interval=t.keep_best_interval,
-        codebooks=None if recipe.codebooks is None else recipe.codebooks.build(recipe.seed),
-        calibration=t.telemetry_calibration,
-        variance_reduction=None if vr is None else vr.build(recipe.seed),
-        num_reference_batches=16 if vr is None else vr.num_reference_batches,
-    )
+def teach(
+    model: str,
+    data: Path | None,
+    folder: Path,
+    *,
+    block_size: int,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> LogitsManifest:
+    """Keep a teacher's top-k logits on a text, for recipes with ``teacher: FOLDER``.
 
-
-def hold_out_best(recipe: Recipe, train: TokenBlocks) -> tuple[TokenBlocks, TokenBlocks | None]:
-    """``(train, best)``: with ``keep_best``, the last blocks of the training text choose the iterate that ships.
+    Args:
+        model: as in a recipe.
+        data: text file or folder; None for the embedded text.
+        folder: new.
+        block_size: as in the recipe's ``data``.
+        max_tokens: as in the recipe's ``data``.
+        **options: of :func:`fewbits.teacher_logits.write_teacher_logits`.
 
     Raises:
-        ValueError: if nothing would be left to train on.
+        ValueError: for text that is missing or too short, unknown dtypes, or a folder that is taken.
     """
-    if not recipe.train.keep_best:
-        return train, None
-    return train.split(max(1, recipe.train.keep_best_tokens // train.block_size) / len(train))
+    if options.get("dtype", "float16") not in get_args(Dtype):
+        raise ValueError(f"dtype={options['dtype']!r} is unknown; use one of {', '.join(get_args(Dtype))}")
+    source = model_source(model)
+    teacher, tokenizer = load_model(source), load_tokenizer(source)
+    texts = embedded_texts("train") if data is None else read_texts(data)
+    blocks = pack_texts(texts, tokenizer, block_size, max_tokens=max_tokens)
+    return write_teacher_logits(teacher, blocks, folder, model_digest=model_digest(teacher), **options)
 
 
 def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> str | None:
@@ -252,7 +237,8 @@ def run(
     model = load_model(source, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
     check_target(model, recipe)
-    if recipe.teacher is None:
+    cache = _teacher_logits(recipe)
+    if recipe.teacher is None or cache is not None:
         teacher = copy.deepcopy(model)
     else:
         teacher = load_model(model_source(recipe.teacher), trust_remote_code=recipe.trust_remote_code)
@@ -264,13 +250,17 @@ def run(
         return RunResult(folder, model, tokenizer, scores)
     train, best = hold_out_best(recipe, train)
     watch = None if recipe.train.window_interval is None else WindowsCallback(recipe.train.window_interval)
+    blocks: Any = train
+    if cache is not None:
+        vocab = int(model.get_output_embeddings().weight.shape[0])
+        blocks = cache.attach(train, vocab_size=vocab, temperature=recipe.objective.temperature)
     trainer = QATTrainer(
         model,
         training_arguments(recipe, folder, quiet=quiet),
-        teacher=teacher,
+        teacher=None if cache is not None else teacher,
         settings=training_settings(recipe),
         best_blocks=best,
-        train_dataset=train,
+        train_dataset=blocks,
         callbacks=[*callbacks, *([] if watch is None else [watch])],
     )
     if quiet:

@@ -204,7 +204,9 @@ class Recipe(_Part):
     """
 
     model: str = Field(default="embedded", description="'embedded', 'smollm2', a local folder or a hub id")
-    teacher: str | None = Field(default=None, description="None: the model itself before quantization")
+    teacher: str | None = Field(
+        default=None, description="None: the model itself before quantization; or a folder of fewbits teach"
+    )
     trust_remote_code: bool = False
     target: str = Field(default="hf", description="the engine format that must hold the result without loss")
     rules: list[RuleSpec] = Field(default_factory=lambda: [RuleSpec()], min_length=1)

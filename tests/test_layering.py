@@ -21,12 +21,12 @@ ORDER = [
     "packing", "nn", "convert",
     "optim", "objectives",
     "io", "weight_files", "pretrained", "quantizer", "checkpoint",
-    "corpora", "data", "smollm2", "recipe",
+    "corpora", "data", "teacher_logits", "smollm2", "recipe",
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",
     "manifest", "comparison", "engines", "verify", "export",
     "inspection", "pipeline", "plots", "report", "diagnose", "arena", "cookbook", "demo",
-    "cli_arena", "cli_runtime", "cli_diagnose", "cli", "testing",
+    "cli_arena", "cli_runtime", "cli_diagnose", "cli_teach", "cli", "testing",
 ]  # fmt: skip
 """Names of modules and packages right below ``fewbits``, lowest first."""
 ROOT_NAMES = {"__version__"}

@@ -27,17 +27,11 @@ from fewbits.data import TokenBlocks
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.inspection import inspect_model
 from fewbits.optim.codebooks import refit_codebooks_
-from fewbits.pipeline import (
-    CALIBRATION_BLOCKS,
-    freeze_,
-    hold_out_best,
-    model_source,
-    training_arguments,
-    training_settings,
-)
+from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, model_source
 from fewbits.ptq import apply_ptq
 from fewbits.recipe import Recipe
 from fewbits.training import QATTrainer, TrainingDiverged
+from fewbits.training.from_recipe import hold_out_best, training_arguments, training_settings
 
 
 class Batches:

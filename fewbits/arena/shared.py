@@ -6,14 +6,12 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from torch import nn
 
 from fewbits.arena.settings import ArenaSettings
-from fewbits.checkpoint import load_model, load_tokenizer
+from fewbits.checkpoint import load_model, load_tokenizer, model_digest
 from fewbits.data import TokenBlocks
 from fewbits.evaluate import EvalResult, evaluate
 from fewbits.io import atomic_file, read_json_object, write_json
@@ -42,20 +40,6 @@ class Start(BaseModel):
     train_tokens: int
     tuning: EvalResult
     report: EvalResult
-
-
-def model_digest(model: nn.Module) -> str:
-    """SHA-256 over names, types and bytes of every tensor.
-
-    Example:
-        >>> len(model_digest(nn.Linear(2, 2)))
-        64
-    """
-    total = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def split_held_out(valid: TokenBlocks, num_blocks: int) -> tuple[TokenBlocks, TokenBlocks]:

@@ -17,10 +17,11 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from fewbits.convert import owned_layers
 from fewbits.data import TokenBlocks
-from fewbits.objectives import Objective, feature_distance
+from fewbits.objectives import Objective, TopKLogits, feature_distance
 from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
 from fewbits.optim.variance_reduced import VarianceReduced, VarianceReduction
+from fewbits.teacher_logits import BATCH_KEYS, DistilledBlocks
 from fewbits.training.activation_noise import ActivationNoise
 from fewbits.training.averaging import EMACallback, WeightEMA
 from fewbits.training.best import KeepBest
@@ -112,7 +113,8 @@ class QATTrainer(Trainer):
     Args:
         model: a model after :func:`fewbits.prepare`.
         args: the Trainer's arguments; ``metrics.jsonl`` is written to ``args.output_dir``.
-        teacher: frozen full-precision model for distillation; it is put into eval mode and gets no gradient.
+        teacher: frozen full-precision model for distillation; it is put into eval mode and gets no gradient. Training
+            on :class:`~fewbits.teacher_logits.DistilledBlocks` needs none for ``kl``.
         settings: objective and learning rates.
         best_blocks: held-out text on which the deployed model is scored; the best iterate is the result.
         **kwargs: passed to ``Trainer`` (``train_dataset``, ``eval_dataset``, ``callbacks``, ...).
@@ -136,7 +138,8 @@ class QATTrainer(Trainer):
         self.settings = settings or QATSettings()
         if not any(True for _ in owned_layers(model)):
             raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
-        if self.settings.objective.needs_teacher and teacher is None:
+        cached = isinstance(kwargs.get("train_dataset"), DistilledBlocks) and not self.settings.objective.features
+        if self.settings.objective.needs_teacher and teacher is None and not cached:
             raise ValueError(
                 "the objective distils (kl > 0 or features > 0) but there is no teacher; pass teacher= (for example a "
                 "deepcopy of the model before prepare) or Objective(cross_entropy=1, kl=0)"
@@ -193,13 +196,13 @@ class QATTrainer(Trainer):
             self.add_callback(EMACallback(ema))
             self._loaders.append(ema.load)
         if best_blocks is not None:
-            distils = s.objective.kl > 0
+            distils = s.objective.kl > 0 and self.teacher is not None
             best = KeepBest(
                 best_blocks,
                 interval=s.keep_best_interval,
                 teacher=self.teacher if distils else None,
                 cross_entropy=s.objective.cross_entropy if distils else 1.0,
-                kl=s.objective.kl,
+                kl=s.objective.kl if distils else 0.0,
                 ema=ema,
                 metrics=self.qat_callback.metrics,
             )
@@ -299,6 +302,12 @@ class QATTrainer(Trainer):
         if self.variance is not None and checkpoint is not None:
             load_variance(self.variance, Path(checkpoint))
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """The collator may not drop what a teacher left on disk."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns.extend(key for key in BATCH_KEYS if key not in columns)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -309,12 +318,15 @@ class QATTrainer(Trainer):
         """The objective; stops at the first loss that is not finite while training."""
         del num_items_in_batch
         labels = inputs["labels"]
-        rest = {k: v for k, v in inputs.items() if k != "labels"}
+        rest = {k: v for k, v in inputs.items() if k != "labels" and k not in BATCH_KEYS}
         objective = self.settings.objective
         states = {"output_hidden_states": True} if objective.features else {}
         outputs = model(**rest, **states)
-        teacher_logits = None
-        if self.teacher is not None and objective.needs_teacher:
+        teacher_logits: Tensor | TopKLogits | None = None
+        if "teacher_ids" in inputs:
+            ids, log_probs, tail = (inputs[key] for key in BATCH_KEYS)
+            teacher_logits = TopKLogits(ids=ids, log_probs=log_probs, tail=tail)
+        elif self.teacher is not None and objective.needs_teacher:
             with torch.no_grad():
                 taught = self.teacher(**rest, **states)
             teacher_logits = taught.logits
