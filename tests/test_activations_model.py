@@ -30,6 +30,7 @@ from fewbits.runtime import to_runtime
 from fewbits.runtime.decoder import refusal
 from fewbits.targets import TARGETS
 from fewbits.testing.tiny import TINY_MODELS, tiny_llama, toy_blocks
+from fewbits.training.telemetry import weight_histogram
 
 LEARNED: list[dict[str, Any]] = [
     {"num_bits": 8, "preset": "sasq"},
@@ -128,6 +129,11 @@ def test_rules_of_one_attention_must_agree_and_reach_one() -> None:
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         prepare(model, rule("W4KV4"))
+
+
+def test_the_histograms_of_a_report_are_headed_by_the_bits_of_the_inputs_too() -> None:
+    model = prepare(tiny_llama(), [rule("W2A8", pattern="*.mlp.*"), rule("W4")])
+    assert sorted(weight_histogram(model)) == ["W2A8", "W4A16"]
 
 
 def test_static_scales_are_used_only_after_calibration(tmp_path: Path) -> None:

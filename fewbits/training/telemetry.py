@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fewbits.activations.module import input_scheme
+from fewbits.activations.text import full_name
 from fewbits.convert import owned_layers
 from fewbits.nn import QATLayer
 from fewbits.scales import stored_scale
@@ -110,7 +112,7 @@ def weight_histogram(model: nn.Module, *, num_bins: int = 120) -> dict[str, dict
                 stored_scale(layer.raw_scale(), scheme.scale)
             )
             counts = torch.histogram(v.flatten().cpu(), edges).hist
-            key = scheme.name
+            key = full_name(scheme.name, input_scheme(layer))
             sums[key] = sums.get(key, torch.zeros(num_bins)) + counts
             found[key] = {"edges": edges.tolist(), "levels": list(grid.levels)}
     for key, counts in sums.items():
