@@ -56,6 +56,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             continue
         if layer.drive is not None:
             layers[name]["drive"] = layer.drive.to_dict()
+        if layer.differentiate_scale:
+            layers[name]["differentiate_scale"] = True
         if not layer.fake_quant_enabled:
             layers[name]["fake_quant_enabled"] = False
     description: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
@@ -165,9 +167,10 @@ class LayerPlan:
     drive: Drive | None = None
     tied_to: str | None = None
     activation: ActivationScheme | None = None
+    differentiate_scale: bool = False
 
 
-_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled", "activation"}
+_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled", "activation", "differentiate_scale"}
 
 
 def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str], dict[str, ActivationScheme]]:
@@ -190,6 +193,7 @@ def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str], dict[
             drive=drive_from_dict(entry["drive"]) if "drive" in entry else None,
             tied_to=entry.get("tied_to"),
             activation=ActivationScheme.parse(entry.get("activation")),
+            differentiate_scale=bool(entry.get("differentiate_scale", False)),
         )
         if not entry.get("fake_quant_enabled", True):
             disabled.add(name)
@@ -260,7 +264,9 @@ def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor
     scale = None
     if spec.mode != "dynamic":
         scale = _take(left, f"{name}.weight_scale", spec.view(layer.latent().shape).scale_shape).to(device)
-    layer.setup_(plan.scheme, plan.surrogate, scale=scale, drive=plan.drive)
+    layer.setup_(
+        plan.scheme, plan.surrogate, scale=scale, drive=plan.drive, differentiate_scale=plan.differentiate_scale
+    )
     for key, value in layer.state().items():
         layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
 

@@ -48,6 +48,8 @@ class Rule:
         activation: how the inputs of the linear layers are quantized: an
             :class:`~fewbits.activations.ActivationScheme`, text such as ``A8``, or a mapping; None for not at all.
         kv_cache: likewise how keys and values are, in attention modules with a layer that the rule chooses.
+        differentiate_scale: for dynamic scales: the gradient passes through the scale too (a rank-one term per group),
+            see :func:`fewbits.fake_quant.scale_as_function`; off, dynamic scales are constants of the backward pass.
 
     Raises:
         ValueError: for a bad regular expression, scheme, surrogate, drive or activation.
@@ -64,6 +66,7 @@ class Rule:
     embeddings: bool = False
     activation: ActivationScheme | None = None
     kv_cache: ActivationScheme | None = None
+    differentiate_scale: bool = False
 
     def __post_init__(self) -> None:
         weights, *spelled = split_scheme(self.scheme) if isinstance(self.scheme, str) else (None, None, None)
@@ -83,6 +86,12 @@ class Rule:
             )
         if not isinstance(self.drive, Drive | None):
             raise ValueError(f"rule {self.pattern!r} needs a Drive or None, got {self.drive!r}")
+        scale = self.scheme.scale
+        if self.differentiate_scale and (scale.mode != "dynamic" or scale.rule == "mse"):
+            raise ValueError(
+                f"differentiate_scale with mode={scale.mode!r}, rule={scale.rule!r}: only dynamic scales are functions "
+                "of the weights, and mse has no derivative; use mode='dynamic' with absmax, absmean, rms or gaussian"
+            )
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
@@ -99,6 +108,7 @@ class Rule:
             "embeddings": self.embeddings,
             "activation": None if self.activation is None else self.activation.to_dict(),
             "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
+            **({"differentiate_scale": True} if self.differentiate_scale else {}),
         }
 
 
@@ -210,7 +220,13 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
     with torch.no_grad():
         for name, (rule, module) in chosen.items():
             new = training_layer(module)
-            new.setup_(rule.scheme, rule.surrogate, owner=owners.get(id(new.weight)), drive=rule.drive)
+            new.setup_(
+                rule.scheme,
+                rule.surrogate,
+                owner=owners.get(id(new.weight)),
+                drive=rule.drive,
+                differentiate_scale=rule.differentiate_scale,
+            )
             add_input_quantizer_(new, rule.activation, device=new.weight.device)
             owners.setdefault(id(new.weight), new)
             new.train(module.training)

@@ -116,9 +116,10 @@ def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:
 
     A dynamic scale is a function of the weights, so :math:`Q(w) = s(w)\,\ell(w/s(w))` has, besides the surrogate's, the
     gradient :math:`\frac{ds}{dw} \sum_j G_j(\ell_j - v_j 1\{v_j\ \mathrm{inside}\})`. Layers with ``mode="dynamic"``
-    drop it (their scales are constants of the backward pass, as are those that :func:`fake_quantize` finds itself);
-    pass this function's result as ``scale`` to keep it. LSQ's gradient scale, a step-size rule for *learned* scales, is
-    taken out again. ``docs/convergence.md`` compares the term with finite differences of the dither-averaged objective.
+    drop it (their scales are constants of the backward pass, as are those that :func:`fake_quantize` finds itself)
+    unless their rule says ``differentiate_scale``; pass this function's result as ``scale`` to keep it. LSQ's gradient
+    scale, a step-size rule for *learned* scales, is taken out again. ``docs/convergence.md`` compares the term with
+    finite differences of the dither-averaged objective.
 
     Args:
         w: ``(out_features, in_features)``, floating point.

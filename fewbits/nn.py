@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbits.activations.module import quantize_input
 from fewbits.drives import Drive, NoDrive, driven_weight
-from fewbits.fake_quant import fake_quantize
+from fewbits.fake_quant import fake_quantize, scale_as_function
 from fewbits.grids import Codebook
 from fewbits.numerics import STORED_DTYPE
 from fewbits.packing import pack_codes, packed_width, unpack_codes
@@ -36,6 +36,7 @@ class QATLayer(nn.Module):
         surrogate: the backward rule.
         weight_scale: raw scales ``(R, G)`` fp32: a parameter if learned, a buffer if frozen, None if dynamic.
         drive: what moves the weight besides the gradient, or None; acts in training mode only.
+        differentiate_scale: whether the gradient passes through a dynamic scale to the weights that make it.
         progress: share of the optimizer steps that is done, for drives with a schedule.
         owner: the layer whose weight is tied to this one, or None.
     """
@@ -47,6 +48,7 @@ class QATLayer(nn.Module):
     transposed = False
     fake_quant_enabled = True
     drive: Drive | None = None
+    differentiate_scale = False
     progress = 0.0
     _owner: tuple[QATLayer, ...] = ()
 
@@ -58,6 +60,7 @@ class QATLayer(nn.Module):
         *,
         scale: Tensor | None = None,
         drive: Drive | None = None,
+        differentiate_scale: bool = False,
     ) -> None:
         """Attach scheme, surrogate and (unless tied to ``owner``) scale, state and drive; a scale of None is found."""
         self.scheme, self.surrogate = scheme, surrogate
@@ -65,6 +68,7 @@ class QATLayer(nn.Module):
             self._owner = (owner,)  # in a tuple, so that torch does not register it as a submodule
             return
         self.drive = None if isinstance(drive, NoDrive) else drive
+        self.differentiate_scale = differentiate_scale
         w = self.latent()
         scheme.check_shape(w.shape)
         mode = scheme.scale.mode
@@ -105,7 +109,8 @@ class QATLayer(nn.Module):
         w = owner.latent()
         if not owner.fake_quant_enabled:
             return w
-        parts = w, self.scheme, owner.raw_scale(), self.surrogate, self.state()
+        scale = scale_as_function(w, self.scheme) if owner.differentiate_scale else owner.raw_scale()
+        parts = w, self.scheme, scale, self.surrogate, self.state()
         if owner.drive is None or not self.training:
             return fake_quantize(*parts)
         return driven_weight(owner.drive, *parts, progress=owner.progress)

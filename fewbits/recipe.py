@@ -39,6 +39,7 @@ class RuleSpec(_Part):
         default=None, description="inputs of the layers: A8, or fields of fewbits.activations.ActivationScheme"
     )
     kv_cache: str | dict[str, Any] | None = Field(default=None, description="keys and values: KV4, or such fields")
+    differentiate_scale: bool = Field(default=False, description="let the gradient pass through dynamic scales")
 
     def build(self) -> Rule:
         """The rule itself."""
@@ -68,6 +69,7 @@ class RuleSpec(_Part):
             drive=None if self.drive is None else drive_from_dict(self.drive),
             activation=read_spellings("activation", activation, self.activation),
             kv_cache=read_spellings("kv_cache", kv_cache, self.kv_cache),
+            differentiate_scale=self.differentiate_scale,
         )
 
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbits.convert import Rule, prepare
+from fewbits.checkpoint import load_prepared, save_prepared
+from fewbits.convert import Rule, prepare, qat_layers
 from fewbits.fake_quant import fake_quantize, scale_as_function, scale_gradient_factor
 from fewbits.grids import AnyGrid, Binary, HalfShifted, Int, Ternary
 from fewbits.qtensor import initial_scale
+from fewbits.recipe import Recipe
 from fewbits.rotations import Rotation
 from fewbits.scales import ScaleSpec
 from fewbits.scheme import Scheme
 from fewbits.surrogates import ClippedSTE, JacQuant
+from fewbits.testing.tiny import tiny_llama
 
 GRIDS: list[AnyGrid] = [Binary(), Ternary(), Int(2), HalfShifted(2)]
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -221,3 +224,64 @@ def test_dynamic_layers_drop_the_term() -> None:
 def test_a_line_search_is_refused() -> None:
     with pytest.raises(ValueError, match="rule 'mse' is a line search"):
         scale_as_function(torch.randn(2, 8), Scheme.parse("W2", rule="mse", mode="dynamic"))
+
+
+# the flag of a rule --------------------------------------------------------------------------------------------------
+
+
+def layer_of(rule: str, *, flag: bool, grid: AnyGrid | None = None) -> Any:
+    torch.manual_seed(3)
+    scheme = scheme_of(HalfShifted(2) if grid is None else grid, rule)
+    made = Rule(scheme=scheme, surrogate=ClippedSTE(edge="bin"), differentiate_scale=flag)
+    return prepare(nn.Sequential(nn.Linear(NUM_WEIGHTS, 5, bias=False)), made)[0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rule", ["absmax", "absmean", "gaussian"])
+def test_a_layer_with_the_flag_has_the_gradient_of_the_function_and_the_same_forward_pass(rule: str) -> None:
+    upstream = torch.randn(5, NUM_WEIGHTS)
+    grads = []
+    for flag in (False, True):
+        layer = layer_of(rule, flag=flag)
+        out = layer.quantized_weight()
+        out.backward(upstream)
+        grads.append((out.detach(), layer.weight.grad))
+    w = layer_of(rule, flag=True).weight.detach().requires_grad_()
+    scheme = scheme_of(HalfShifted(2), rule)
+    fake_quantize(w, scheme, scale_as_function(w, scheme), ClippedSTE(edge="bin")).backward(upstream)
+    assert torch.equal(grads[0][0], grads[1][0])
+    assert torch.equal(grads[1][1], w.grad)
+    assert not torch.equal(grads[0][1], grads[1][1])
+
+
+@SATURATING
+def test_euler_holds_with_the_flag_only(rule: str) -> None:
+    """Q(c w) = c Q(w), so the gradient along w is the loss itself: by finite differences, and only with the term."""
+    upstream = torch.randn(5, NUM_WEIGHTS)
+    found = []
+    for flag in (True, False):
+        layer = layer_of(rule, flag=flag)
+        layer.quantized_weight().backward(upstream)
+        found.append(float((layer.weight.grad.double() * layer.weight.detach().double()).sum()))
+    losses = []
+    for factor in (1.125, 0.875):
+        layer = layer_of(rule, flag=True)
+        with torch.no_grad():
+            layer.weight.mul_(factor)
+            losses.append(float((upstream.double() * layer.quantized_weight().double()).sum()))
+    difference = (losses[0] - losses[1]) / 0.25
+    assert found[0] == pytest.approx(difference, rel=1e-4)
+    assert abs(found[1] - difference) > 1e-2 * abs(difference)
+
+
+def test_the_flag_is_refused_where_scales_are_no_functions_and_survives_saving(tmp_path: Any) -> None:
+    for text, options in (("W2", {}), ("W2", {"mode": "dynamic", "rule": "mse"})):
+        with pytest.raises(ValueError, match="only dynamic scales are functions of the weights"):
+            Rule(scheme=Scheme.parse(text, **options), differentiate_scale=True)
+    rule = Rule(scheme=Scheme.parse("W2", mode="dynamic", rule="absmean"), differentiate_scale=True)
+    assert Rule(**rule.to_dict()) == rule
+    assert "differentiate_scale" not in Rule(scheme=rule.scheme).to_dict()
+    recipe = Recipe.parse("rules: [{scheme: W2, options: {mode: dynamic, rule: absmean}, differentiate_scale: true}]")
+    assert recipe.rules[0].build().differentiate_scale
+    folder = save_prepared(prepare(tiny_llama(), rule), None, tmp_path / "model")
+    model, _ = load_prepared(folder)
+    assert all(layer.differentiate_scale for _, layer in qat_layers(model))

@@ -67,7 +67,13 @@ class Plan:
         rule, module = self.rules[name], self.model.get_submodule(name)
         new = training_layer(module)
         weight_of(module).copy_(result.latent)
-        new.setup_(result.qtensor.scheme, rule.surrogate, scale=result.scale, drive=rule.drive)
+        new.setup_(
+            result.qtensor.scheme,
+            rule.surrogate,
+            scale=result.scale,
+            drive=rule.drive,
+            differentiate_scale=rule.differentiate_scale,
+        )
         new.train(module.training)
         replace_module_(self.model, name, new)
         _check(name, new, result)
