@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -280,10 +280,17 @@ def training_layer(module: nn.Module) -> QATLayer:
 
 def replace_module_(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put ``new`` in the place of the submodule ``name``, also where other parents hold the same module."""
-    old = model.get_submodule(name)
+    replace_modules_(model, {name: new})
+
+
+def replace_modules_(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """:func:`replace_module_` for many names, in one walk through the model."""
+    old = [model.get_submodule(name) for name in new]
+    by_id = {id(module): replacement for module, replacement in zip(old, new.values(), strict=True)}
     for parent in list(model.modules()):
-        for child in [key for key, module in parent._modules.items() if module is old]:
-            setattr(parent, child, new)
+        for child, module in list(parent._modules.items()):
+            if id(module) in by_id:
+                setattr(parent, child, by_id[id(module)])
 
 
 def _warn_if_little_is_quantized(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbits.activations.kv_cache import quantize_kv_
 from fewbits.activations.module import add_input_quantizer_, input_quantizer
 from fewbits.activations.scheme import ActivationScheme
-from fewbits.convert import closest_names, drop_buffers_, empty_quantized, is_quantizable, replace_module_
+from fewbits.convert import closest_names, drop_buffers_, empty_quantized, is_quantizable, replace_modules_
 from fewbits.nn import QuantizedLayer
 from fewbits.scheme import Scheme
 from fewbits.weight_files import safetensors_header
@@ -205,6 +205,7 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
     """
     owners: dict[str, QuantizedLayer] = {}
     inputs = config.by_module("activations")
+    places: dict[str, nn.Module] = {}
     for name, (scheme, shape) in config.packed().items():
         place = _find(model, name)
         if place is None:
@@ -213,9 +214,8 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
         new = empty_quantized(module, scheme, _dtype(module), device="meta")
         if new.shape != shape:
             raise ValueError(f"{name} has shape {new.shape} in the model and {shape} in quantization_config")
-        owners[name] = new
         _add_input_(new, inputs.get(name))
-        replace_module_(model, place, new)
+        owners[name] = places[place] = new
     for name, owner in config.tied.items():
         place = _find(model, name)
         if place is not None and owner in owners:
@@ -223,7 +223,8 @@ def pack_layers_(model: PreTrainedModel, config: FewbitsConfig) -> None:
             new = empty_quantized(module, owners[owner].scheme, _dtype(module), device="meta")
             drop_buffers_(new, owners[owner])
             _add_input_(new, inputs.get(name))
-            replace_module_(model, place, new)
+            places[place] = new
+    replace_modules_(model, places)
     quantize_kv_(model, _placed(model, config.by_module("kv_cache")))
     forget_ties_(model)
 
@@ -249,16 +250,19 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _find(model: PreTrainedModel, name: str) -> str | None:
     """The module's name in this model, which may be the bare base model; None for a head that a base model lacks."""
-    modules = dict(model.named_modules())
     base = model.base_model is model
     place = name.removeprefix(f"{model.base_model_prefix}.") if base else name
-    if place in modules and (is_quantizable(modules[place]) or isinstance(modules[place], QuantizedLayer)):
-        return place
+    try:
+        module = model.get_submodule(place)
+        if place and (is_quantizable(module) or isinstance(module, QuantizedLayer)):
+            return place
+    except AttributeError:  # no such module
+        pass
     if base and not name.startswith(f"{model.base_model_prefix}."):
         return None
     raise ValueError(
         f"quantization_config packs {name}, which this {type(model).__name__} lacks; near names: "
-        f"{closest_names(name, modules)}"
+        f"{closest_names(name, dict(model.named_modules()))}"
     )
 
 

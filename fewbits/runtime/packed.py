@@ -291,8 +291,9 @@ def _flat_codes(packed: Tensor, width: int, grid: AnyGrid) -> Tensor:
         for start in range(0, len(packed), 256):
             unpack_codes(packed[start : start + 256], width, grid)  # raises for a code that has no level
     dense = _trits_to_dense(packed, width) if isinstance(grid, Ternary) else packed
-    flat = torch.zeros(dense.numel() + _READABLE, dtype=torch.uint8)
+    flat = torch.empty(dense.numel() + _READABLE, dtype=torch.uint8)
     flat[: dense.numel()] = dense.reshape(-1)
+    flat[dense.numel() :] = 0
     return flat
 
 
