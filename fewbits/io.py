@@ -145,7 +145,12 @@ def write_yaml(path: str | Path, data: Any) -> None:
     write_text(path, yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        ValueError: for a missing file, a folder, or other bytes.
+    """
     if not path.is_file():
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
@@ -161,10 +166,23 @@ def read_json(path: str | Path) -> Any:
         ValueError: for a missing, foreign or truncated file.
     """
     path = Path(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """JSON from text.
+
+    Args:
+        text: of one value.
+        where: named in the error.
+
+    Raises:
+        ValueError: for anything else, values nested too deeply and numbers with too many digits included.
+    """
     try:
-        return json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (truncated or damaged?): {error}") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON (truncated or damaged?): {error}") from None
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
@@ -187,8 +205,8 @@ def read_yaml(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
 
 

@@ -39,6 +39,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version!r}; this fewbits reads 1 to {FORMAT_VERSION}; upgrade it")
     if not isinstance(data.get("target"), str) or not isinstance(data.get("files"), dict):
         raise ValueError(f"{path} is damaged: it needs the keys target and files")
+    for name in data["files"]:
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or max(map(len, parts)) > 200:
+            raise ValueError(f"{path} lists the file {name!r}; only names inside the folder are allowed")
     return data
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
@@ -32,7 +33,7 @@ from fewbits.convert import matches, owned_layers, prepare, select_layers
 from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
 from fewbits.evaluate import EvalResult, evaluate, versions
-from fewbits.io import write_json, write_text
+from fewbits.io import read_json_object, write_json, write_text
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
 from fewbits.recipe import DataSpec, Recipe
@@ -354,9 +355,9 @@ def read_scores(path: Path) -> dict[str, EvalResult]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; evaluate or finish the run first")
     try:
-        return {k: EvalResult.model_validate(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        return {k: EvalResult.model_validate(v) for k, v in read_json_object(path).items()}
+    except ValidationError as error:
+        raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
 
 
 def num_quantized_weights(model: nn.Module) -> int:

@@ -19,6 +19,10 @@ from fewbits.weight_files import safetensors_header, weight_files
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_SOME_LAYERS = 256
+"""No more layers than this are built without a look at the weights."""
+
 
 def local_folder(path: str | Path) -> Path | None:
     """The folder that a user means, or None for the name of a model on the hub.
@@ -74,11 +78,15 @@ def from_pretrained(path: str | Path, **options: Any) -> tuple[Any, dict[str, An
         ValueError: for whatever Transformers raises.
     """
     options = {key: value for key, value in options.items() if value is not None}
+    if isinstance(path, Path):
+        _refuse_absurd(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path), use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # a damaged config.json makes any part of a model's code fail in its own way
         detail = _shape_mismatch(path) if isinstance(path, Path) and isinstance(error, RuntimeError) else None
         raise ValueError(f"cannot load {path}: {detail or str(error).strip()[:400]}") from error
     model, info = loaded
@@ -96,11 +104,29 @@ def refuse_missing(path: str | Path, missing: Any) -> None:
         raise ValueError(f"{path} lacks {len(names)} tensors that the model needs, e.g. {', '.join(names[:3])}")
 
 
+def _refuse_absurd(folder: Path) -> None:
+    """Refuse more layers than the files hold tensors, before Transformers builds them one by one.
+
+    Raises:
+        ValueError: giving both numbers.
+    """
+    config = read_json_object(folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    layers = max((n for part in parts for key in _LAYERS if isinstance(n := part.get(key), int)), default=0)
+    if layers > _SOME_LAYERS:
+        held = sum(len(safetensors_header(path)) for path in weight_files(folder))
+        if layers > held:
+            raise ValueError(f"{folder / 'config.json'} asks for {layers} layers; the weights hold {held} tensors")
+
+
 def _shape_mismatch(folder: Path) -> str | None:
     """The first tensor whose stored shape differs from what ``config.json`` says, in words."""
-    config = AutoConfig.from_pretrained(str(folder))
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config).state_dict()
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        with torch.device("meta"):
+            expected = AutoModelForCausalLM.from_config(config).state_dict()
+    except Exception:  # it has failed before; this only looks for a better message
+        return None
     for path in weight_files(folder):
         for name, (_, shape) in safetensors_header(path).items():
             if name in expected and tuple(expected[name].shape) != shape:

@@ -239,7 +239,7 @@ class Recipe(_Part):
         """
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"the recipe is not YAML: {error}") from None
         if data is None:
             data = {}

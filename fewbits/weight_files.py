@@ -59,7 +59,7 @@ def check_safetensors(path: str | Path) -> None:
         entries = json.loads(header)
         ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged: its header is not valid") from None
     if not isinstance(expected, int) or expected != size:
         raise ValueError(f"{path} is truncated or damaged: its header promises {expected} bytes, the file has {size}")
@@ -117,7 +117,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise ValueError(f"{folder / INDEX_NAME} has no weight_map")
     files: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0") or len(name) > 200:
             raise ValueError(f"{folder / INDEX_NAME} names the shard {name!r}; only plain file names are allowed")
         files.setdefault(name, set()).add(tensor)
     for name, tensors in files.items():

@@ -157,7 +157,8 @@ def unpack_layer(data: U8, scheme: Scheme, name: str, order: Order = None) -> QT
     cols = data.shape[1] // gguf_type(name).bytes_per_block * gguf_type(name).block
     scheme.check_shape((len(data), cols))
     spec = scheme.scale
-    codes, scale = unpack_tensor(scheme.grid, data, spec.group_size or cols, name, superblock=spec.superblock)
+    with np.errstate(invalid="ignore", over="ignore"):  # scales that are not finite are refused below
+        codes, scale = unpack_tensor(scheme.grid, data, spec.group_size or cols, name, superblock=spec.superblock)
     if order is not None:
         if len(order) != len(codes):
             raise ValueError(f"the tensor has {len(codes)} rows; its heads have {len(order)}")

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fewbits.io import parse_json, read_text
+
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "epoch")
 
 
@@ -51,9 +53,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; is this the folder of a run?")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}, line {number}, is not JSON; the file is damaged") from None
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        row = parse_json(line, f"{path}, line {number},")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}, holds a JSON {type(row).__name__}; an object is needed")
+        rows.append(row)
     return rows
