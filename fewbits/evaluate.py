@@ -85,9 +85,11 @@ def evaluate(
     totals = torch.zeros(3, dtype=torch.float64)
     count = 0
     for first in range(0, len(blocks), batch_size):
-        ids = torch.stack([blocks[i]["input_ids"] for i in range(first, min(first + batch_size, len(blocks)))])
-        totals += _score(model, teacher, ids.to(device)).cpu()
-        count += ids[:, 1:].numel()
+        items = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
+        ids = torch.stack([item["input_ids"] for item in items])
+        kept = torch.stack([item["labels"] for item in items])[:, 1:] != -100
+        totals += _score(model, teacher, ids.to(device), kept.to(device)).cpu()
+        count += int(kept.sum())
     for part, training in modes:
         part.training = training
     loss, kl, agree = (totals / count).tolist()
@@ -104,17 +106,18 @@ def evaluate(
     )
 
 
-def _score(model: nn.Module, teacher: nn.Module | None, ids: Tensor) -> Tensor:
-    """Sums over the batch of cross-entropy, KL and agreement."""
+def _score(model: nn.Module, teacher: nn.Module | None, ids: Tensor, kept: Tensor) -> Tensor:
+    """Sums of cross-entropy, KL and agreement over the targets ``kept`` of the batch."""
     log_p = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
-    nll = -log_p.gather(-1, ids[:, 1:, None]).sum(dtype=torch.float64)
+    nll = -log_p.gather(-1, ids[:, 1:, None])[kept].sum(dtype=torch.float64)
     if teacher is None:
         return torch.stack([nll, nll * 0, nll * 0])
     log_t = teacher(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     if log_t.shape != log_p.shape:
         raise ValueError(f"teacher and student logits differ in shape: {tuple(log_t.shape)} and {tuple(log_p.shape)}")
-    kl = (log_t.exp() * (log_t - log_p)).sum(dtype=torch.float64)
-    agree = (log_t.argmax(-1) == log_p.argmax(-1)).sum(dtype=torch.float64)
+    divergence = log_t.exp() * (log_t - log_p)
+    kl = (divergence if bool(kept.all()) else divergence[kept]).sum(dtype=torch.float64)
+    agree = (log_t.argmax(-1) == log_p.argmax(-1))[kept].sum(dtype=torch.float64)
     return torch.stack([nll, kl, agree])
 
 

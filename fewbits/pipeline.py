@@ -41,6 +41,7 @@ from fewbits.smollm2 import smollm2_path
 from fewbits.targets import get_target
 from fewbits.targets.base import check_activations
 from fewbits.teacher_logits import Dtype, LogitsManifest, TeacherLogits, is_teacher_logits, write_teacher_logits
+from fewbits.traces import pack_traces, read_traces
 from fewbits.training import QATTrainer
 from fewbits.training.from_recipe import hold_out_best, training_arguments, training_settings
 from fewbits.training.telemetry import weight_histogram
@@ -82,6 +83,9 @@ def load_blocks(data: DataSpec, tokenizer: Any, teacher: nn.Module, seed: int) -
     elif data.source == "text":
         assert data.path is not None
         train = pack_texts(read_texts(data.path), tokenizer, size, max_tokens=data.max_tokens)
+    elif data.source == "traces":
+        assert data.path is not None
+        train = pack_traces(read_traces(data.path), tokenizer, size)
     elif data.source == "self":
         assert data.max_tokens is not None
         train = sample_teacher(teacher, tokenizer, num_tokens=data.max_tokens, block_size=size, seed=seed)
@@ -169,8 +173,11 @@ def teach(
         raise ValueError(f"dtype={options['dtype']!r} is unknown; use one of {', '.join(get_args(Dtype))}")
     source = model_source(model)
     teacher, tokenizer = load_model(source), load_tokenizer(source)
-    texts = embedded_texts("train") if data is None else read_texts(data)
-    blocks = pack_texts(texts, tokenizer, block_size, max_tokens=max_tokens)
+    if data is not None and data.suffix == ".jsonl":
+        blocks: TokenBlocks = pack_traces(read_traces(data), tokenizer, block_size)
+    else:
+        texts = embedded_texts("train") if data is None else read_texts(data)
+        blocks = pack_texts(texts, tokenizer, block_size, max_tokens=max_tokens)
     return write_teacher_logits(teacher, blocks, folder, model_digest=model_digest(teacher), **options)
 
 

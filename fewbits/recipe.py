@@ -77,11 +77,13 @@ class DataSpec(_Part):
     """Where the text comes from.
 
     ``source``: ``embedded`` (the standard library's documentation), ``self`` (samples of the teacher), ``text`` (a file
-    or folder at ``path``) or ``dataset`` (``path`` for ``datasets.load_dataset``, with ``name``, ``split``,
+    or folder at ``path``), ``traces`` (a .jsonl file at ``path`` of objects with prompt and answer, one a row of
+    ``block_size``; loss and scores count answers only) or ``dataset`` (``path`` for ``datasets.load_dataset``, with
+    ``name``, ``split``,
     ``column``).
     """
 
-    source: Literal["embedded", "self", "text", "dataset"] = "embedded"
+    source: Literal["embedded", "self", "text", "dataset", "traces"] = "embedded"
     path: str | None = None
     name: str | None = None
     split: str = "train"
@@ -96,8 +98,10 @@ class DataSpec(_Part):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> DataSpec:
-        if (self.source in ("text", "dataset")) != (self.path is not None):
-            raise ValueError(f"data.path={self.path!r} with data.source={self.source!r}: text and dataset need a path")
+        if (self.source in ("text", "dataset", "traces")) != (self.path is not None):
+            raise ValueError(
+                f"data.path={self.path!r} with data.source={self.source!r}: text, dataset and traces need a path"
+            )
         if self.source == "self" and self.max_tokens is None:
             raise ValueError("data.source='self' needs data.max_tokens: how many tokens to sample")
         return self

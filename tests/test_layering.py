@@ -21,7 +21,7 @@ ORDER = [
     "packing", "nn", "convert",
     "optim", "objectives",
     "io", "weight_files", "pretrained", "quantizer", "checkpoint",
-    "corpora", "data", "teacher_logits", "smollm2", "recipe",
+    "corpora", "data", "traces", "teacher_logits", "smollm2", "recipe",
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",
     "manifest", "comparison", "engines", "verify", "export",
