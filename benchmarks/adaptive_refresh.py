@@ -4,8 +4,8 @@
 
 Every arm is JacQuant's recommended preset at W2G64 with the same start, data and schedule; a fixed arm refreshes every
 ``interval`` steps, an adaptive one looks as often and refreshes a layer if it has moved. Costs are processor seconds of
-one thread, so that other work on the machine does not count: one refresh of all layers, one look at all layers, what the
-gain adds to the backward passes of one step, and a step. The predicted overhead is
+one thread, so that other work on the machine does not count: one refresh of all layers, one look at all layers, what
+the gain adds to the backward passes of one step, and a step. The predicted overhead is
 ``(refreshes * c_refresh + looks * c_look) / (steps * T) + c_apply / T``.
 """
 
