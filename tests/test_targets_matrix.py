@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_the_table_is_markdown(reasons: bool) -> None:
     assert words == {"yes", "if", "no"}
     assert all(("(" in cell) == (cell[:2] == "if" or (reasons and cell[:2] == "no")) for cell in shown)
     assert matrix_markdown({}) == "| target |  |\n|---|\n"
+
+
+def test_the_page_is_current() -> None:
+    root = Path(__file__).parents[1]
+    scope = runpy.run_path(str(root / "scripts" / "targets_page.py"))
+    wanted = scope["page"]()
+    assert (root / "docs" / "targets.md").read_text(encoding="utf-8") == wanted, "run scripts/targets_page.py"
+    assert matrix_markdown(MATRIX) in wanted
 
 
 LIGHT = [t for t in TARGETS if t.startswith(("hf", "compressed", "gptq", "mlx", "bitnet"))]

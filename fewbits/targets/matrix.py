@@ -135,6 +135,42 @@ def target_matrix(
     }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """One grid with one group in one target that holds it, always or if the numbers allow it."""
+
+    target: str
+    grid: str
+    group: str
+    scheme: Scheme
+    judgement: Judgement
+
+
+def held(
+    target: Target, shapes: Mapping[str, tuple[int, int]] | None = None, *, scale_dtype: ScaleDtype = "portable"
+) -> list[Held]:
+    """Every grid and group that a target holds.
+
+    Args:
+        target: which one.
+        shapes: of the weight asked about, by name of the group; :data:`SHAPE` where it says nothing.
+        scale_dtype: of the schemes' scales.
+
+    Example:
+        >>> from fewbits.targets import get_target
+        >>> [(one.grid, one.group) for one in held(get_target("bitnet"))]
+        [('W1', 'per tensor'), ('W1.58', 'per tensor')]
+    """
+    found = []
+    for grid, plain in GRIDS.items():
+        for group, parts in GROUPS.items():
+            scheme = plain.with_scale(dtype=scale_dtype, **parts)
+            judgement = judge(target, scheme, (shapes or {}).get(group, SHAPE))
+            if judgement.verdict != "cannot":
+                found.append(Held(target=target.name, grid=grid, group=group, scheme=scheme, judgement=judgement))
+    return found
+
+
 def _cell(judgements: dict[str, Judgement]) -> Cell:
     plain = {group: j for group, j in judgements.items() if group != _LAST_RESORT}
     asked = plain if plain["G64"].verdict != "cannot" else judgements
