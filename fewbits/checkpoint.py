@@ -2,8 +2,9 @@
 
 A prepared model is saved as an ordinary Hugging Face folder: the latent weights under their own names, beside each
 ``NAME.weight_scale`` (raw), ``NAME.weight_state_*`` (what the surrogate remembers) and ``NAME.input_quantizer.*``
-(static activation scales), and ``fewbits_qat.json`` with scheme and surrogate of every layer. Loading never runs a
-scale rule: learned scales are taken as they are.
+(static activation scales), and ``fewbits_qat.json`` with scheme and surrogate of every layer. A low-rank layer has
+``NAME.weight_base``, ``weight_a`` and ``weight_b`` besides. Loading never runs a scale rule: learned scales are taken
+as they are.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_m
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
 from fewbits.nn import STATE_PREFIX, QATLayer
+from fewbits.parametrizations import LowRank, parametrization_from_dict
 from fewbits.pretrained import from_pretrained, has_tokenizer, load_model, load_tokenizer, refuse_missing
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate, surrogate_from_dict
 from fewbits.weight_files import read_folder
 
+BASE, FACTORS = "weight_base", ("weight_a", "weight_b")
 FORMAT_VERSION = 1
 """Of ``fewbits_qat.json``; a newer one is refused."""
 
@@ -58,6 +61,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             layers[name]["drive"] = layer.drive.to_dict()
         if layer.differentiate_scale:
             layers[name]["differentiate_scale"] = True
+        if layer.parametrization is not None:
+            layers[name]["parametrization"] = layer.parametrization.to_dict()
         if not layer.fake_quant_enabled:
             layers[name]["fake_quant_enabled"] = False
     description: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
@@ -75,11 +80,38 @@ def save_prepared(model: Any, tokenizer: Any | None, folder: str | Path, *, over
     """
     description = describe(model)
     with atomic_folder(folder, overwrite=overwrite) as partial:
-        model.save_pretrained(partial, save_original_format=False)  # names in the file as in the state dict
+        state = _with_latent_weights(model)
+        model.save_pretrained(partial, state_dict=state, save_original_format=False)  # names as in the state dict
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         write_json(partial / QAT_FILE, description)
     return Path(folder)
+
+
+def _with_latent_weights(model: Any) -> dict[str, Tensor] | None:
+    """The state dict, in which the base of a low-rank layer has a name of its own and the weight's place is its own.
+
+    None if no layer is parametrized: the model's state is the file's.
+    """
+    layers = {name: layer for name, layer in qat_layers(model) if layer.owner.parametrization is not None}
+    if not layers:
+        return None
+    state = dict(model.state_dict())
+    whole: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            owner = layer.owner
+            if layer is owner:
+                state[f"{name}.{BASE}"] = state[f"{name}.weight"]
+            if id(owner) not in whole:
+                w = owner.latent()
+                whole[id(owner)] = (w.t() if owner.transposed else w).contiguous()
+            state[f"{name}.weight"] = whole[id(owner)]
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    for key, source in ties.items():  # with both in the file, Transformers would not tie them again
+        if key.removesuffix(".weight") in layers and source in state:
+            del state[key]
+    return state
 
 
 def is_prepared_folder(folder: str | Path) -> bool:
@@ -155,7 +187,7 @@ def _layer_of(tensor: str) -> str | None:
     name, _, leaf = tensor.rpartition(".")
     if name.endswith(f".{INPUT}"):
         return name.removesuffix(f".{INPUT}")
-    return name if leaf == "weight_scale" or leaf.startswith(STATE_PREFIX) else None
+    return name if leaf in ("weight_scale", BASE, *FACTORS) or leaf.startswith(STATE_PREFIX) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +197,17 @@ class LayerPlan:
     scheme: Scheme
     surrogate: Surrogate
     drive: Drive | None = None
+    parametrization: LowRank | None = None
     tied_to: str | None = None
     activation: ActivationScheme | None = None
     differentiate_scale: bool = False
 
 
-_KEYS = {"scheme", "surrogate", "drive", "tied_to", "fake_quant_enabled", "activation", "differentiate_scale"}
+_KEYS = {"scheme", "surrogate", "drive", "parametrization", "tied_to"} | {
+    "fake_quant_enabled",
+    "activation",
+    "differentiate_scale",
+}
 
 
 def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str], dict[str, ActivationScheme]]:
@@ -191,6 +228,9 @@ def _read_description(path: Path) -> tuple[dict[str, LayerPlan], set[str], dict[
             scheme=Scheme.from_dict(entry["scheme"]),
             surrogate=surrogate_from_dict(entry["surrogate"]),
             drive=drive_from_dict(entry["drive"]) if "drive" in entry else None,
+            parametrization=(
+                parametrization_from_dict(entry["parametrization"]) if "parametrization" in entry else None
+            ),
             tied_to=entry.get("tied_to"),
             activation=ActivationScheme.parse(entry.get("activation")),
             differentiate_scale=bool(entry.get("differentiate_scale", False)),
@@ -223,7 +263,7 @@ def restore(model: nn.Module, layers: Mapping[str, LayerPlan], tensors: Mapping[
     Args:
         model: the plain model with the latent weights.
         layers: by name, how each was prepared.
-        tensors: ``NAME.weight_scale`` and ``NAME.weight_state_*`` of every owner.
+        tensors: ``NAME.weight_scale`` and ``NAME.weight_state_*`` of every owner, and the parts of low-rank ones.
 
     Returns:
         The same model.
@@ -242,7 +282,7 @@ def restore(model: nn.Module, layers: Mapping[str, LayerPlan], tensors: Mapping[
                 near = closest_names(name, modules)
                 raise ValueError(f"the model has no layer {name} to quantize; near names: {near}")
             owner = plan.tied_to
-            if owner is not None and (owner not in made or made[owner].weight is not module.weight):
+            if owner is not None and (owner not in made or modules[owner].weight is not module.weight):
                 raise ValueError(f"{name} should share the weight of {owner}, but in this model it does not")
             made[name] = new = training_layer(module)
             if owner is not None:
@@ -255,6 +295,8 @@ def restore(model: nn.Module, layers: Mapping[str, LayerPlan], tensors: Mapping[
     if left:
         raise ValueError(f"the saved tensor {next(iter(left))} belongs to no layer of the description")
     for name, new in made.items():
+        if new.owner.parametrization is not None:
+            new.weight = new.owner.weight
         replace_module_(model, name, new)
     return model
 
@@ -269,6 +311,14 @@ def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor
     )
     for key, value in layer.state().items():
         layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
+    if (how := plan.parametrization) is not None:
+        rows, columns = layer.latent().shape
+        shapes = (rows, how.rank), (how.rank, columns)
+        a, b = (_take(left, f"{name}.{key}", shape).to(device) for key, shape in zip(FACTORS, shapes, strict=True))
+        base = _take(left, f"{name}.{BASE}", layer.weight.shape).to(device)
+        if base.dtype != how.storage_dtype:
+            raise ValueError(f"the saved tensor {name}.{BASE} is {base.dtype}; {how.storage_dtype} is needed")
+        layer.parametrize_(how, name, base=base.t() if layer.transposed else base, factors=(a, b))
 
 
 def _fill_input_(layer: QATLayer, name: str, left: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ from fewbits.nn import (
     QuantizedLayer,
     QuantizedLinear,
 )
+from fewbits.parametrizations import LowRank, parametrization_from_dict
+from fewbits.parametrize import parametrize_
 from fewbits.scheme import Scheme
 from fewbits.surrogates import STE, Surrogate, surrogate_from_dict
 
@@ -50,9 +52,12 @@ class Rule:
         kv_cache: likewise how keys and values are, in attention modules with a layer that the rule chooses.
         differentiate_scale: for dynamic scales: the gradient passes through the scale too (a rank-one term per group),
             see :func:`fewbits.fake_quant.scale_as_function`; off, dynamic scales are constants of the backward pass.
+        parametrization: what the latent weight is made of: a parametrization, its name, or its dict; None for one full
+            trained matrix.
 
     Raises:
-        ValueError: for a bad regular expression, scheme, surrogate, drive or activation.
+        ValueError: for a bad regular expression, scheme, surrogate, drive, activation or parametrization, or parts that
+            do not go together.
 
     Example:
         >>> Rule(pattern="*.mlp.*", scheme="W2A16G64").scheme.name
@@ -67,6 +72,7 @@ class Rule:
     activation: ActivationScheme | None = None
     kv_cache: ActivationScheme | None = None
     differentiate_scale: bool = False
+    parametrization: LowRank | None = None
 
     def __post_init__(self) -> None:
         weights, *spelled = split_scheme(self.scheme) if isinstance(self.scheme, str) else (None, None, None)
@@ -92,6 +98,12 @@ class Rule:
                 f"differentiate_scale with mode={scale.mode!r}, rule={scale.rule!r}: only dynamic scales are functions "
                 "of the weights, and mse has no derivative; use mode='dynamic' with absmax, absmean, rms or gaussian"
             )
+        if isinstance(self.parametrization, str | dict):
+            object.__setattr__(self, "parametrization", parametrization_from_dict(self.parametrization))
+        if not isinstance(self.parametrization, LowRank | None):
+            raise ValueError(f"rule {self.pattern!r} needs a LowRank or None, got {self.parametrization!r}")
+        if self.parametrization is not None:
+            self.parametrization.check(self.scheme, self.surrogate, self.drive)
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
@@ -109,6 +121,7 @@ class Rule:
             "activation": None if self.activation is None else self.activation.to_dict(),
             "kv_cache": None if self.kv_cache is None else self.kv_cache.to_dict(),
             **({"differentiate_scale": True} if self.differentiate_scale else {}),
+            **({} if self.parametrization is None else {"parametrization": self.parametrization.to_dict()}),
         }
 
 
@@ -231,6 +244,7 @@ def prepare(model: nn.Module, rules: Sequence[Rule] | Rule, *, ignore: Sequence[
             owners.setdefault(id(new.weight), new)
             new.train(module.training)
             replace_module_(model, name, new)
+        parametrize_(qat_layers(model), {name: rule.parametrization for name, (rule, _) in chosen.items()})
     quantize_kv_(model, kv_schemes)
     _warn_if_little_is_quantized(model)
     return model
@@ -373,7 +387,7 @@ def convert(model: nn.Module) -> nn.Module:
         qtensors = {name: layer.qtensor() for name, layer in layers if layer.owner is layer}
         # owners first: a tied layer may come before the layer that it is tied to
         for name, layer in sorted(layers, key=lambda item: item[1].owner is not item[1]):
-            new = empty_quantized(layer, layer.scheme, layer.owner.weight.dtype, layer.owner.weight.device)
+            new = empty_quantized(layer, layer.scheme, layer.weight_dtype, layer.owner.weight.device)
             if layer.owner is layer:
                 new.load_qtensor_(qtensors[name])
                 owners[id(layer)] = new

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 
 QAT_FILE = "fewbits_qat.json"
 EXPORT_FILE = "fewbits_export.json"
-MARKERS = (QAT_FILE, EXPORT_FILE)
+ADAPTER_FILE = "fewbits_adapter.json"
+MARKERS = (QAT_FILE, EXPORT_FILE, ADAPTER_FILE)
 """A folder that holds one of these was written whole by fewbits; only such a folder is ever replaced."""
 
 

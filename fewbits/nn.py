@@ -20,10 +20,11 @@ from fewbits.fake_quant import fake_quantize, scale_as_function
 from fewbits.grids import Codebook
 from fewbits.numerics import STORED_DTYPE
 from fewbits.packing import pack_codes, packed_width, unpack_codes
+from fewbits.parametrizations import LowRank
 from fewbits.qtensor import QTensor, initial_scale, quantize
 from fewbits.scales import combine
 from fewbits.scheme import Scheme
-from fewbits.surrogates import Surrogate
+from fewbits.surrogates import STE, Surrogate
 
 STATE_PREFIX = "weight_state_"
 
@@ -39,6 +40,8 @@ class QATLayer(nn.Module):
         differentiate_scale: whether the gradient passes through a dynamic scale to the weights that make it.
         progress: share of the optimizer steps that is done, for drives with a schedule.
         owner: the layer whose weight is tied to this one, or None.
+        parametrization: None, or what the weight is made of; ``weight`` is then the frozen base, in steps, and
+            ``weight_a`` and ``weight_b`` are trained.
     """
 
     scheme: Scheme
@@ -50,6 +53,9 @@ class QATLayer(nn.Module):
     drive: Drive | None = None
     differentiate_scale = False
     progress = 0.0
+    parametrization: LowRank | None = None
+    weight_a: Tensor
+    weight_b: Tensor
     _owner: tuple[QATLayer, ...] = ()
 
     def setup_(
@@ -84,13 +90,61 @@ class QATLayer(nn.Module):
         for key, value in surrogate.init_state(w.shape, w.device).items():
             self.register_buffer(STATE_PREFIX + key, value)
 
+    def parametrize_(
+        self,
+        parametrization: LowRank,
+        name: str = "",
+        *,
+        base: Tensor | None = None,
+        factors: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Freeze and compress the weight and train low-rank factors instead; once, after :meth:`setup_`.
+
+        Args:
+            parametrization: rank, factor and storage.
+            name: of the layer; the start of the factors depends on it.
+            base: the compressed weight of a saved layer, ``(out_features, in_features)``; None computes it.
+            factors: ``(A, B)`` of a saved layer; None starts them.
+
+        Raises:
+            ValueError: for a scale, drive or surrogate that needs the full weight, or too large a rank.
+        """
+        assert self.owner is self
+        assert self.parametrization is None
+        parametrization.check(self.scheme, self.surrogate, self.drive)
+        w, weight = self.latent(), self.weight
+        factors = parametrization.start(w.shape, name, weight) if factors is None else factors
+        base = parametrization.compress(w, self.scheme, self.raw_scale()) if base is None else base
+        self.weight = nn.Parameter(base.t().contiguous() if self.transposed else base, requires_grad=False)
+        self.weight_a, self.weight_b = nn.Parameter(factors[0]), nn.Parameter(factors[1])
+        self.parametrization = parametrization
+
     @property
     def owner(self) -> QATLayer:
         """The layer that holds the scale: itself, or the one that its weight is tied to."""
         return self._owner[0] if self._owner else self
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weight that the forward pass uses."""
+        owner = self.owner
+        return owner.weight.dtype if owner.parametrization is None else owner.weight_a.dtype
+
+    def trained_weights(self) -> list[Tensor]:
+        """The parameters that the latent weight is made of, without the scale: itself, or the low-rank factors."""
+        owner = self.owner
+        return [owner.weight] if owner.parametrization is None else [owner.weight_a, owner.weight_b]
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Scheme]:
+        assert self.weight_scale is not None  # no dynamic scales, see LowRank.check
+        base = self.weight.t() if self.transposed else self.weight
+        return base, self.weight_a, self.weight_b, self.weight_scale, self.scheme
+
     def latent(self) -> Tensor:
-        """The latent weight as ``(out_features, in_features)``."""
+        """The latent weight as ``(out_features, in_features)``: the parameter itself, or what its parts make."""
+        owner = self.owner
+        if owner.parametrization is not None:
+            return owner.parametrization.latent(*owner._parts())
         return self.weight.t() if self.transposed else self.weight
 
     def state(self) -> dict[str, Tensor]:
@@ -106,6 +160,8 @@ class QATLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight that the forward pass uses, ``(out_features, in_features)``."""
         owner = self.owner
+        if owner.parametrization is not None and owner.fake_quant_enabled:
+            return owner.parametrization.weight(*owner._parts(), self.surrogate, self.state())
         w = owner.latent()
         if not owner.fake_quant_enabled:
             return w
@@ -115,9 +171,20 @@ class QATLayer(nn.Module):
             return fake_quantize(*parts)
         return driven_weight(owner.drive, *parts, progress=owner.progress)
 
+    @torch.no_grad()
+    def forward_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight by training's own forward pass, not by way of the codes: in fp32, then cast."""
+        owner = self.owner
+        if owner.parametrization is not None:
+            return owner.parametrization.weight(*owner._parts(), STE(), {}, dtype=torch.float32).to(dtype)
+        return fake_quantize(owner.latent().detach().float(), self.scheme, self.raw_scale()).to(dtype)
+
     def qtensor(self) -> QTensor:
         """Codes and scales of the current weight."""
-        return quantize(self.owner.latent(), self.scheme, self.raw_scale())
+        owner = self.owner
+        if owner.parametrization is not None:
+            return owner.parametrization.qtensor(*owner._parts())
+        return quantize(owner.latent(), self.scheme, self.raw_scale())
 
 
 class QATLinear(QATLayer, nn.Linear):

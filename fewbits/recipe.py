@@ -40,11 +40,13 @@ class RuleSpec(_Part):
     )
     kv_cache: str | dict[str, Any] | None = Field(default=None, description="keys and values: KV4, or such fields")
     differentiate_scale: bool = Field(default=False, description="let the gradient pass through dynamic scales")
+    parametrization: str | dict[str, Any] | None = Field(default=None, description="low_rank; None: the full weight")
 
     def build(self) -> Rule:
         """The rule itself."""
         from fewbits.activations import read_spellings, split_scheme
         from fewbits.drives import drive_from_dict
+        from fewbits.parametrizations import parametrization_from_dict
         from fewbits.rotations import Rotation
         from fewbits.scheme import Scheme
         from fewbits.surrogates import surrogate_from_dict
@@ -70,6 +72,7 @@ class RuleSpec(_Part):
             activation=read_spellings("activation", activation, self.activation),
             kv_cache=read_spellings("kv_cache", kv_cache, self.kv_cache),
             differentiate_scale=self.differentiate_scale,
+            parametrization=None if self.parametrization is None else parametrization_from_dict(self.parametrization),
         )
 
 

@@ -18,9 +18,9 @@ MAX_LINES = 400
 ORDER = [
     "numerics", "grids", "scales", "rotations", "scheme", "qtensor", "kmeans",
     "surrogates", "fake_quant", "drives", "activations",
-    "packing", "nn", "convert",
+    "packing", "parametrizations", "nn", "parametrize", "convert",
     "optim", "objectives",
-    "io", "weight_files", "pretrained", "quantizer", "checkpoint",
+    "io", "weight_files", "pretrained", "quantizer", "checkpoint", "adapters",
     "corpora", "data", "traces", "teacher_logits", "smollm2", "recipe",
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",

@@ -114,12 +114,14 @@ def triple(fp_model: nn.Module, qat_model: nn.Module) -> Triple:
     codes_before, codes_after = [], []
     with torch.no_grad():
         for index, (name, p) in enumerate(fp_model.named_parameters()):
-            value = trained.get(name)
+            value: Tensor | None = trained.get(name)
+            layer = by_weight.get(id(value))
+            if value is not None and layer is not None and layer.parametrization is not None:
+                value = layer.latent().t() if layer.transposed else layer.latent()
             if value is None or value.shape != p.shape:
                 raise ValueError(f"parameter {name} of the original is missing or has another shape in the trained one")
             params.append(p)
             latent.append(value.detach().to(p).clone())
-            layer = by_weight.get(id(value))
             if layer is None:
                 ptq.append(p.detach().clone())
                 deployed.append(latent[-1])

@@ -96,6 +96,8 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
     fitted = {}
     for name, layer in layers.items():
         scheme, h = layer.scheme, None if weights is None else weights.get(name)
+        if layer.parametrization is not None:
+            raise ValueError(f"{name} has a frozen base in steps of its present codebook; refit before parametrizing")
         if layer.weight_scale is None:
             raise ValueError(f"{name} has dynamic scales; use mode='learned' or 'frozen' with fitted codebooks")
         if h is not None and scheme.rotation.kind != "none":

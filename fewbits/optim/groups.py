@@ -22,7 +22,7 @@ def parameter_groups(
 
     Args:
         model: a prepared model.
-        learning_rate: of the latent weights.
+        learning_rate: of the latent weights, or of their low-rank factors.
         scale_learning_rate: of the learned scales (never decayed).
         rest_learning_rate: of everything else: norms, biases, embeddings in full precision; 0 leaves it fixed.
         weight_decay: of the latent weights, and of matrices among the rest.
@@ -37,7 +37,7 @@ def parameter_groups(
     layers = [layer for _, layer in owned_layers(model)]
     if not layers:
         raise ValueError("the model has no prepared layer; call prepare first")
-    latent = {id(layer.weight) for layer in layers}
+    latent = {id(w) for layer in layers for w in layer.trained_weights()}
     scales = {id(layer.weight_scale) for layer in layers if isinstance(layer.weight_scale, nn.Parameter)}
     groups: dict[str, dict[str, Any]] = {
         "latent": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},

@@ -11,8 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fewbits.activations.kv_cache import choose_kv, quantize_kv_
 from fewbits.activations.module import add_input_quantizer_
-from fewbits.convert import Rule, add_tied_partners_, replace_module_, select_layers, training_layer
+from fewbits.convert import Rule, add_tied_partners_, qat_layers, replace_module_, select_layers, training_layer
 from fewbits.nn import QATLayer
+from fewbits.parametrize import parametrize_
 from fewbits.ptq._base import PTQResult
 
 
@@ -103,7 +104,7 @@ class Plan:
         )
 
     def finish_(self) -> None:
-        """Layers whose weight is tied to a quantized one use it; activations are quantized from now on."""
+        """Layers whose weight is tied to a quantized one use it; parametrizations and activations begin from here."""
         for name, owner_name in self._partners.items():
             owner, module = self.model.get_submodule(owner_name), self.model.get_submodule(name)
             assert isinstance(owner, QATLayer)
@@ -115,6 +116,7 @@ class Plan:
             layer = self.layer(name)
             add_input_quantizer_(layer, rule.activation, device=layer.weight.device)
         quantize_kv_(self.model, choose_kv(self.model, {name: rule.kv_cache for name, rule in self.rules.items()}))
+        parametrize_(qat_layers(self.model), {name: rule.parametrization for name, rule in self.rules.items()})
 
 
 def _check(name: str, layer: QATLayer, result: PTQResult) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from fewbits.fake_quant import fake_quantize
 from fewbits.nn import QATLayer
 from fewbits.scheme import Scheme
 from fewbits.targets.base import (
@@ -136,7 +135,7 @@ class Dequantized:
 @torch.no_grad()
 def _trained_weight(layer: Layer, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, QATLayer):
-        return fake_quantize(layer.latent().detach().float(), layer.scheme, layer.raw_scale()).to(dtype)
+        return layer.forward_weight(dtype)
     return layer.qtensor().dequantize(dtype)
 
 

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from fewbits.fake_quant import fake_quantize
 from fewbits.io import write_json
 from fewbits.nn import QATLayer
 from fewbits.pretrained import from_pretrained, refuse_missing
@@ -214,7 +213,7 @@ class GGUF:
                 key = parameter_name(found, places_of(found, model)[name])
                 with torch.no_grad():
                     expected[key] = (
-                        fake_quantize(layer.latent().detach().float(), layer.scheme, layer.raw_scale())
+                        layer.forward_weight(torch.float32)
                         if isinstance(layer, QATLayer)
                         else layer.qtensor().dequantize()
                     ) + 0.0  # of -0.0, which rounding leaves of small negative weights, and codes do not know
