@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from fewbits.nn import (
     QuantizedLayer,
     QuantizedLinear,
 )
-from fewbits.parametrizations import LowRank, parametrization_from_dict
+from fewbits.parametrizations import LowRank, read_parametrization
 from fewbits.parametrize import parametrize_
 from fewbits.scheme import Scheme
 from fewbits.surrogates import STE, Surrogate, surrogate_from_dict
@@ -52,12 +52,10 @@ class Rule:
         kv_cache: likewise how keys and values are, in attention modules with a layer that the rule chooses.
         differentiate_scale: for dynamic scales: the gradient passes through the scale too (a rank-one term per group),
             see :func:`fewbits.fake_quant.scale_as_function`; off, dynamic scales are constants of the backward pass.
-        parametrization: what the latent weight is made of: a parametrization, its name, or its dict; None for one full
-            trained matrix.
+        parametrization: what the latent weight is made of, or its name or dict; None for one full trained matrix.
 
     Raises:
-        ValueError: for a bad regular expression, scheme, surrogate, drive, activation or parametrization, or parts that
-            do not go together.
+        ValueError: for a bad regular expression or part, or parts that do not go together.
 
     Example:
         >>> Rule(pattern="*.mlp.*", scheme="W2A16G64").scheme.name
@@ -98,12 +96,8 @@ class Rule:
                 f"differentiate_scale with mode={scale.mode!r}, rule={scale.rule!r}: only dynamic scales are functions "
                 "of the weights, and mse has no derivative; use mode='dynamic' with absmax, absmean, rms or gaussian"
             )
-        if isinstance(self.parametrization, str | dict):
-            object.__setattr__(self, "parametrization", parametrization_from_dict(self.parametrization))
-        if not isinstance(self.parametrization, LowRank | None):
-            raise ValueError(f"rule {self.pattern!r} needs a LowRank or None, got {self.parametrization!r}")
-        if self.parametrization is not None:
-            self.parametrization.check(self.scheme, self.surrogate, self.drive)
+        low_rank = read_parametrization(self.parametrization, self.scheme, self.surrogate, self.drive)
+        object.__setattr__(self, "parametrization", low_rank)
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])

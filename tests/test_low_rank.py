@@ -11,16 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
 from fewbits import Rule, Scheme, convert, fake_quantize, prepare, quantize
 from fewbits.adapters import WEIGHTS_FILE, base_digest, load_adapter, save_adapter
 from fewbits.checkpoint import load_prepared, save_prepared
 from fewbits.convert import owned_layers
+from fewbits.data import TokenBlocks
 from fewbits.drives import NoDrive
 from fewbits.fake_quant import scale_gradient_factor
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
 from fewbits.io import ADAPTER_FILE, read_json_object, write_json
 from fewbits.nn import QATLinear
+from fewbits.objectives import Objective
 from fewbits.optim import parameter_groups
 from fewbits.optim.codebooks import refit_codebooks_
 from fewbits.parametrizations import PARAMETRIZATIONS, LowRank, parametrization_from_dict
@@ -29,6 +32,7 @@ from fewbits.rotations import Rotation
 from fewbits.scales import ScaleSpec, find_scale, stored_scale
 from fewbits.surrogates import STE, SURROGATES, ClippedSTE, JacQuant, Surrogate
 from fewbits.testing.tiny import TINY_MODELS, VOCAB_SIZE, toy_blocks
+from fewbits.training import QATSettings, QATTrainer
 
 GRIDS: list[AnyGrid] = [
     Binary(),
@@ -321,6 +325,50 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
         assert p.grad is None or torch.equal(p.grad, q.grad), name
 
 
+class Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def trainer(folder: Path, **more: Any) -> QATTrainer:
+    model = low_rank_model("llama_tied")
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=2,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        activation_checkpointing=True,
+    )
+    blocks = TokenBlocks(toy_blocks(16, 16).int().numpy(), 1.0)
+    settings = QATSettings(objective=Objective(cross_entropy=1, kl=0), telemetry_interval=2)
+    return QATTrainer(model, args, settings=settings, train_dataset=blocks, **more)
+
+
+def test_the_trainer_resumes_bit_for_bit_with_activation_checkpointing(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole")
+    base = {name: layer.weight.clone() for name, layer in owned_layers(whole.model)}
+    whole.train()
+    broken = trainer(tmp_path / "broken", callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    resumed = trainer(tmp_path / "broken")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-2"))
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert (tmp_path / "broken/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    for name, layer in owned_layers(whole.model):
+        assert torch.equal(layer.weight, base[name])  # the base is never trained
+        assert layer.weight_a.any()
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -447,7 +495,7 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
         ({"scheme": "W2", "surrogate": JacQuant(apply="update")}, "apply='grad'"),
         ({"scheme": "W2", "parametrization": {"name": "low_rank", "ranks": 2}}, "no option 'ranks'"),
         ({"scheme": "W2", "parametrization": "lora"}, "unknown parametrization 'lora'"),
-        ({"scheme": "W2", "parametrization": 3}, "LowRank or None"),
+        ({"scheme": "W2", "parametrization": 3}, "a LowRank or None"),
         ({"scheme": Scheme(grid=Codebook((-200.0, 1.0)))}, "storage 'int8' cannot hold"),
     ],
 )
@@ -472,3 +520,31 @@ def test_more_errors() -> None:
 def test_the_table_is_complete_and_round_trips() -> None:
     assert {"low_rank": LowRank} == PARAMETRIZATIONS
     assert parametrization_from_dict(LowRank(rank=3).to_dict()) == LowRank(rank=3)
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def trained_bytes(parametrization: Any) -> dict[str, int]:
+    """Bytes of trained parameters, gradients and AdamW's state of one layer after one step, and of what is frozen."""
+    model = nn.Sequential(nn.Linear(256, 128, bias=False))
+    prepare(model, Rule(scheme="W4A16G64", parametrization=parametrization))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    model(torch.ones(1, 256)).sum().backward()
+    optimizer.step()
+    layer = model[0]
+    weights = [p for p in layer.trained_weights() if p.requires_grad]
+    state = [t for p in weights for t in optimizer.state[p].values() if t.ndim]
+    return {
+        "trained": sum(p.nbytes for p in weights),
+        "gradients": sum(p.grad.nbytes for p in weights),
+        "optimizer": sum(t.nbytes for t in state),
+        "base": layer.weight.nbytes if parametrization else 0,
+    }
+
+
+def test_trained_memory_is_that_of_the_factors() -> None:
+    full, low = trained_bytes(None), trained_bytes(LowRank(rank=4))
+    numbers = 4 * (256 + 128)
+    assert full == {"trained": 4 * 2**15, "gradients": 4 * 2**15, "optimizer": 8 * 2**15, "base": 0}
+    assert low == {"trained": 4 * numbers, "gradients": 4 * numbers, "optimizer": 8 * numbers, "base": 2**15}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fewbits.drives import Drive
 from fewbits.parametrizations.low_rank import LowRank
+from fewbits.scheme import Scheme
+from fewbits.surrogates import Surrogate
 
 PARAMETRIZATIONS: dict[str, type[LowRank]] = {cls.name: cls for cls in (LowRank,)}
 """Every parametrization by the name that recipes use; a test asserts that it is complete."""
@@ -32,4 +35,18 @@ def parametrization_from_dict(data: Mapping[str, Any] | str) -> LowRank:
     return cls(**options)
 
 
-__all__ = ["PARAMETRIZATIONS", "LowRank", "parametrization_from_dict"]
+def read_parametrization(value: Any, scheme: Scheme, surrogate: Surrogate, drive: Drive | None) -> LowRank | None:
+    """A rule's parametrization from whatever spells it, checked against the rule's other parts.
+
+    Raises:
+        ValueError: for a bad spelling, or parts that do not go together.
+    """
+    found = parametrization_from_dict(value) if isinstance(value, str | dict) else value
+    if not isinstance(found, LowRank | None):
+        raise ValueError(f"a rule's parametrization is a LowRank or None, got {found!r}")
+    if found is not None:
+        found.check(scheme, surrogate, drive)
+    return found
+
+
+__all__ = ["PARAMETRIZATIONS", "LowRank", "parametrization_from_dict", "read_parametrization"]
