@@ -180,7 +180,7 @@ def build_optimizer(
     options = options or {}
     if rest_optim is None:
         return _make(name, groups, args, model, options)
-    tables = {id(m.owner.weight) for _, m in qat_layers(model) if isinstance(m, QATEmbedding)}
+    tables = {id(w) for _, m in qat_layers(model) if isinstance(m, QATEmbedding) for w in m.trained_weights()}
     first, second = _split(groups, tables if name == "muon" else set())
     if not first:
         raise ValueError(f"optim={name!r} has nothing to move: every latent weight is frozen or an embedding")
