@@ -17,6 +17,7 @@ from fewbits.objectives import Objective
 from fewbits.optim import VarianceReduction
 from fewbits.optim.build import check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
+from fewbits.optim.zeroth_order import check_beside_zeroth_order, gradient_from_dict
 
 InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "lapq", "signround", "block_ap"]
 """Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
@@ -151,6 +152,7 @@ class TrainSpec(_Part):
     )
     variance_reduction: VarianceReductionSpec | None = None
     activation_checkpointing: bool = False
+    gradient: str | dict[str, Any] = Field(default="backprop", description="or zeroth_order, with its options")
     bf16: bool = False
     activation_noise: float = Field(default=0.0, ge=0, le=1, description="probability of FPQ's feature perturbation")
     activation_noise_bits: int = Field(default=8, ge=2, le=16, description="whose step is the width of the noise")
@@ -159,6 +161,18 @@ class TrainSpec(_Part):
     keep_best_interval: int = Field(default=50, ge=1, description="steps between looks")
     keep_best_tokens: int = Field(default=8192, ge=2, description="taken from the end of the training text")
     freeze: list[str] = Field(default_factory=list, description="patterns of parameter names that stay fixed")
+
+    @model_validator(mode="after")
+    def _gradient_exists(self) -> TrainSpec:
+        if gradient_from_dict(self.gradient) is not None:
+            check_beside_zeroth_order(
+                optim=self.optim,
+                rest_optim=self.rest_optim,
+                optim_options=self.optim_options,
+                max_grad_norm=self.max_grad_norm,
+                checkpointing=self.activation_checkpointing,
+            )
+        return self
 
     @model_validator(mode="after")
     def _optimizers_exist(self) -> TrainSpec:

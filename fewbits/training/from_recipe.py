@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from fewbits.data import TokenBlocks
 from fewbits.optim.build import OWN_NAMES
+from fewbits.optim.zeroth_order import gradient_from_dict
 from fewbits.recipe import Recipe
 from fewbits.training.trainer import QATSettings
 
@@ -62,6 +63,7 @@ def training_settings(recipe: Recipe) -> QATSettings:
         calibration=t.telemetry_calibration,
         variance_reduction=None if vr is None else vr.build(recipe.seed),
         num_reference_batches=16 if vr is None else vr.num_reference_batches,
+        zeroth_order=gradient_from_dict(t.gradient),
     )
 
 

@@ -21,6 +21,7 @@ from fewbits.objectives import Objective, TopKLogits, feature_distance
 from fewbits.optim.build import build_optimizer, check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
 from fewbits.optim.variance_reduced import VarianceReduced, VarianceReduction
+from fewbits.optim.zeroth_order import ZerothOrder, zeroth_order_optimizer
 from fewbits.teacher_logits import BATCH_KEYS, DistilledBlocks
 from fewbits.training.activation_noise import ActivationNoise
 from fewbits.training.averaging import EMACallback, WeightEMA
@@ -68,6 +69,7 @@ class QATSettings:
             plain training, without a trace of it. On one process, without fp16.
         num_reference_batches: batches of its reference gradient, spread evenly over the training data; with ``saga``
             training sees these batches only.
+        zeroth_order: estimate gradients from forward passes alone; None is backpropagation.
 
     Raises:
         ValueError: for negative rates, counts below 1, an unknown optimizer, or a mean beside a schedule-free one.
@@ -88,6 +90,7 @@ class QATSettings:
     calibration: bool = False
     variance_reduction: VarianceReduction | None = None
     num_reference_batches: int = 16
+    zeroth_order: ZerothOrder | None = None
 
     def __post_init__(self) -> None:
         for name in ("scale_learning_rate", "rest_learning_rate"):
@@ -101,6 +104,8 @@ class QATSettings:
             if chosen is not None:
                 check_optimizer_name(chosen)
         ActivationNoise(self.activation_noise, self.activation_noise_bits)
+        if self.zeroth_order is not None and self.variance_reduction is not None:
+            raise ValueError("variance_reduction corrects a backward pass, which zeroth_order does without; drop one")
         if self.ema_decay is not None:
             WeightEMA(self.ema_decay)
             if is_schedule_free(self.optim):
@@ -214,7 +219,8 @@ class QATTrainer(Trainer):
         if self.optimizer is None:
             opt_model: Any = self.model if model is None else model
             s = self.settings
-            self.optimizer = build_optimizer(
+            build = build_optimizer if s.zeroth_order is None else partial(zeroth_order_optimizer, s.zeroth_order)
+            self.optimizer = build(
                 s.optim or str(getattr(self.args.optim, "value", self.args.optim)),
                 opt_model,
                 self.args,
@@ -271,8 +277,11 @@ class QATTrainer(Trainer):
     ) -> Tensor:
         """As the Trainer's; with variance reduction the micro-batches of a step wait for the last one.
 
-        All of them then run at the weights and again at the anchor; the logged loss is that at the weights.
+        All of them then run at the weights and again at the anchor; the logged loss is that at the weights. With the
+        zeroth order there are pairs of forward passes and no backward pass.
         """
+        if self.settings.zeroth_order is not None:
+            return self._zeroth_order_step(model, inputs)
         if self.variance is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -291,6 +300,21 @@ class QATTrainer(Trainer):
                 return self.compute_loss(model, batch)
 
         return self.variance.gradient_(loss_of, *batches)
+
+    def _zeroth_order_step(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        optimizer: Any = self.optimizer
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no accumulate
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+
+        def loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                value = self.compute_loss(model, inputs)
+            mean: Tensor = self.accelerator.reduce(value, reduction="mean")  # the same directions on every rank
+            return mean
+
+        measured: Tensor = optimizer.accumulate(loss)
+        return measured.to(self.args.device) / self.current_gradient_accumulation_steps
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
