@@ -19,15 +19,7 @@ from fewbits.activations.module import INPUT, add_input_quantizer_, input_quanti
 from fewbits.activations.scheme import ActivationScheme
 from fewbits.activations.text import read_spellings, split_scheme
 from fewbits.drives import Drive, drive_from_dict
-from fewbits.nn import (
-    QATConv1D,
-    QATEmbedding,
-    QATLayer,
-    QATLinear,
-    QuantizedEmbedding,
-    QuantizedLayer,
-    QuantizedLinear,
-)
+from fewbits.nn import QATConv1D, QATEmbedding, QATLayer, QATLinear, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
 from fewbits.parametrizations import LowRank, read_parametrization
 from fewbits.parametrize import parametrize_
 from fewbits.scheme import Scheme
