@@ -95,7 +95,7 @@ def diagnose(
             [name.strip() for name in schemes.split(",") if name.strip()],
             settings=settings,
             budget=budget,
-            trained=None if run is None else open_run(run, loaded, tokenizer, control=control, tol=tol),
+            trained=None if run is None else open_run(run, loaded, tokenizer, control=control),
             folder=folder,
             watch=watch,
             base=Recipe(model=model, data=DataSpec() if data is None else DataSpec(source="text", path=str(data))),

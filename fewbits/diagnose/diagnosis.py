@@ -14,6 +14,7 @@ from fewbits.data import TokenBlocks
 from fewbits.diagnose.after import AfterReport, after_training
 from fewbits.diagnose.arms import ArmsReport
 from fewbits.diagnose.before import Baseline, Say, SchemeReport, before_training
+from fewbits.diagnose.callback import read_recovery
 from fewbits.diagnose.control import train_control
 from fewbits.diagnose.layer_forecast import LayerForecast, forecast_layers
 from fewbits.diagnose.layers import Proposal, SensitivityTable, propose_recipe
@@ -198,7 +199,7 @@ def diagnose(
         river=river,
         after=after,
         arms=arms,
-        recovery=None if run is None else run.recovery,
+        recovery=None if run is None or run.folder is None else read_recovery(run.folder, tol=baseline.tol),
     )
 
 

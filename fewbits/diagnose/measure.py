@@ -15,7 +15,6 @@ from fewbits.data import TokenBlocks
 from fewbits.diagnose.after import Triple, triple
 from fewbits.diagnose.arms import CONTROL, PTQ, QAT, Arm, ArmsReport, compare_arms, measure_arm, plain_point
 from fewbits.diagnose.before import Baseline, SchemeReport
-from fewbits.diagnose.callback import read_recovery
 from fewbits.diagnose.control import control_recipe, rounded_start
 from fewbits.diagnose.layers import SensitivityTable, layer_sensitivity
 from fewbits.diagnose.losses import TokenLoss
@@ -27,7 +26,7 @@ from fewbits.diagnose.stages import Stages, model_digest
 from fewbits.diagnose.terrain import PLAIN, TerrainReport, count_terrain, curvature_loss, measure_terrain
 from fewbits.diagnose.trajectory import TRAJECTORY_FOLDER, Trajectory, read_trajectory
 from fewbits.diagnose.words import FREE
-from fewbits.geometry import RecoveryReport, difference, norm
+from fewbits.geometry import difference, norm
 from fewbits.geometry.directions import Vector
 from fewbits.pipeline import RECIPE_FILE, load_blocks, model_source
 from fewbits.recipe import Recipe
@@ -43,7 +42,7 @@ class Trained:
     Args:
         model: the prepared model.
         trajectory: its path, if it was recorded.
-        recovery: its curve, if it was recorded.
+        folder: its run folder, for the curve of losses if that was recorded.
         recipe: of the run; with ``text``, its training blocks, the control arm is trained and measured.
         text: see ``recipe``.
 
@@ -53,7 +52,7 @@ class Trained:
 
     model: nn.Module
     trajectory: Trajectory | None = None
-    recovery: RecoveryReport | None = None
+    folder: Path | None = None
     recipe: Recipe | None = None
     text: TokenBlocks | None = None
 
@@ -62,9 +61,7 @@ class Trained:
             raise ValueError("recipe and text of a run go together: the control arm needs both, a run without it none")
 
 
-def open_run(
-    folder: str | Path, model: nn.Module, tokenizer: Any, *, control: bool = False, tol: float | None = None
-) -> Trained:
+def open_run(folder: str | Path, model: nn.Module, tokenizer: Any, *, control: bool = False) -> Trained:
     """A finished run with what was recorded while it trained.
 
     Args:
@@ -72,7 +69,6 @@ def open_run(
         model: the plain model that the run started from, for text that is sampled from it.
         tokenizer: its tokenizer.
         control: also read recipe and training text, so that the control arm is measured.
-        tol: band of the basin for the recovery time, nats; 0.02 if None.
 
     Raises:
         ValueError: for a folder without a prepared model, or a control without a recipe.
@@ -87,7 +83,7 @@ def open_run(
     return Trained(
         model=load_prepared(find_prepared(folder))[0],
         trajectory=read_trajectory(folder / TRAJECTORY_FOLDER),
-        recovery=read_recovery(folder, tol=0.02 if tol is None else tol),
+        folder=folder,
         recipe=recipe,
         text=text,
     )
