@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from fewbits import Rule, Scheme, prepare
 from fewbits.convert import convert
+from fewbits.export import export
 from fewbits.runtime import Decoder, build, generate_stream, to_runtime
 from fewbits.runtime import decoder as decoder_module
 from fewbits.runtime.decoder import greedy, refusal
@@ -217,3 +222,49 @@ def test_the_end_token_stops_the_decoder() -> None:
     model.generation_config.eos_token_id = [2, words.index(stop)]
     cut = "".join(generate_stream(model, tokenizer, "w3 w7", max_new_tokens=16)).split()
     assert cut == whole[: whole.index(stop) + 1]
+
+
+CHILD = """
+import gc, json, sys, time
+from pathlib import Path
+import torch
+from fewbits.pretrained import load_model
+from fewbits.runtime import Decoder, runtime_bytes, to_runtime
+
+def resident():
+    pages = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return {key: int(pages[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM", "VmRSS")}
+
+torch.set_num_threads(1)
+small, folder = sys.argv[1:]
+Decoder(to_runtime(load_model(small)), 8).prefill(torch.arange(4))  # imports and kernels are no part of a model
+gc.collect()
+before = resident()
+model = to_runtime(load_model(folder))
+gc.collect()
+after = resident()
+dense = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"grown": after["RssAnon"] - before["RssAnon"], "peak": after["VmHWM"] - before["VmRSS"],
+                  "packed": runtime_bytes(model), "dense": dense}))
+"""
+
+
+def test_memory_of_a_packed_model_is_its_packed_size(tmp_path: Path) -> None:
+    """In a fresh process: private memory afterwards within 5%, and the peak on the way there.
+
+    Tensors that stay dense lie in the mapped file. Its pages count as resident too while they are mapped, codes
+    included, but the system may drop them.
+    """
+    for name, size in (("small", 64), ("large", 1024)):
+        changes = {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 6, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
+        scheme = Scheme.parse("W4A16G64", rule="absmean", mode="frozen")
+        export(convert(prepare(model, [Rule(scheme=scheme)])), "hf", tmp_path / name)
+    command = [sys.executable, "-W", "ignore", "-c", CHILD, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    ideal = found["packed"] + found["dense"]
+    assert ideal > 40e6
+    assert found["grown"] < 1.05 * found["packed"] + 2e6  # 2 MB for Python's objects
+    assert found["peak"] < 2.2 * ideal + 4e6
