@@ -40,6 +40,7 @@ class Method(BaseModel):
         options: changes of the scale and the rotation, as in a recipe.
         surrogate: as in a recipe.
         drive: as in a recipe.
+        parametrization: as in a recipe.
         objective: as in a recipe; None is the arena's own, which all others share.
         train: changes of the recipe's ``train``, such as the optimizer.
         rate_factor: the latent weights' learning rate is this times the cell's, which is of a grid common to all
@@ -61,6 +62,7 @@ class Method(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     surrogate: str | dict[str, Any] = "ste"
     drive: Value = None
+    parametrization: Value = None
     objective: dict[str, float] | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     rate_factor: float = Field(default=1.0, gt=0)
@@ -126,6 +128,8 @@ def rule_for(name: str, method: Method, scheme: str, *, num_steps: int) -> dict[
     rule: dict[str, Any] = {"scheme": parsed.to_dict(), "surrogate": _with_interval(here.surrogate, num_steps)}
     if here.drive is not None:
         rule["drive"] = here.drive
+    if here.parametrization is not None:
+        rule["parametrization"] = here.parametrization
     return json.loads(json.dumps(rule))
 
 

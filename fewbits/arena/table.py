@@ -307,6 +307,26 @@ METHODS: dict[str, Method] = {
         surrogate="ewgs",
         objective={"kl": 1.0, "temperature": 4.0},
     ),
+    "lr_qat": Method(
+        summary="LR-QAT: factors of rank 32 inside the round, over a frozen int8 base; clipped STE.",
+        papers=("2406.06385",),
+        note="factors at twice the common rate; scales from the smallest squared error, at the same rate",
+        surrogate=_CLIPPED,
+        parametrization={"name": "low_rank", "rank": 32, "alpha": 1.0, "storage": "int8"},
+        rate_factor=2.0,
+    ),
+    "zeroqat": Method(
+        summary="ZeroQAT: forward passes only, one antithetic pair of perturbations per step.",
+        papers=("2509.00031",),
+        note="the plain grid in place of an asymmetric one with learned clips; SGD at 1/600 of the common rate",
+        train={
+            "gradient": {"name": "zeroth_order", "num_directions": 1, "epsilon": 0.001},
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "rest_learning_rate": 0.0,
+        },
+        rate_factor=1 / 600,
+    ),
     "rotated_seq": Method(
         summary="Block Hadamard, SEQ's grid, learned scales from the smallest squared error, clipped STE.",
         note="ours: QuEST's rotation with learned scales",

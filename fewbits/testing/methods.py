@@ -92,7 +92,6 @@ def _recipe(name: str, scheme: str, method: Method) -> Recipe:
         eval_tokens=64,
         block_size=32,
         batch_size=2,
-        overrides=("train.max_grad_norm=1.0",),
     )
     return settings.recipe(scheme, name, None if method.stage == "ptq" else LEARNING_RATE, seed=0)
 
