@@ -27,8 +27,8 @@ test-slow: .venv/dev.stamp ## with SmolLM2-135M from its package, two ranks, who
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 check: .venv/dev.stamp ## format, lint, types
-	$(BIN)/ruff format --check fewbits tests scripts benchmarks
-	$(BIN)/ruff check fewbits tests scripts benchmarks
+	$(BIN)/ruff format --check fewbits tests scripts benchmarks examples
+	$(BIN)/ruff check fewbits tests scripts benchmarks examples
 	$(BIN)/mypy
 
 docs: .venv/dev.stamp ## API pages from the docstrings
