@@ -8,36 +8,27 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
 from fewbits.activations import calibrate_activations_
-from fewbits.checkpoint import (
-    is_prepared_folder,
-    load_model,
-    load_prepared,
-    load_tokenizer,
-    model_digest,
-    save_prepared,
-)
+from fewbits.checkpoint import load_model, load_tokenizer, model_digest, save_prepared
 from fewbits.convert import matches, owned_layers, prepare, select_layers
-from fewbits.corpora import embedded_model_path, embedded_texts
-from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
-from fewbits.evaluate import EvalResult, evaluate, versions
-from fewbits.io import read_json_object, write_json, write_text
+from fewbits.corpora import embedded_texts
+from fewbits.data import TokenBlocks, pack_texts, read_texts
+from fewbits.evaluate import EvalResult, evaluate
+from fewbits.io import write_json, write_text
+from fewbits.loading import load_any, load_blocks, model_source, quiet_libraries
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
-from fewbits.recipe import DataSpec, Recipe
-from fewbits.smollm2 import smollm2_path
+from fewbits.recipe import Recipe
+from fewbits.run_folder import EVAL_FILE, RECIPE_FILE, open_folder, read_scores, write_scores
 from fewbits.targets import get_target
 from fewbits.targets.base import check_activations
 from fewbits.teacher_logits import Dtype, LogitsManifest, TeacherLogits, is_teacher_logits, write_teacher_logits
@@ -47,8 +38,29 @@ from fewbits.training.from_recipe import hold_out_best, training_arguments, trai
 from fewbits.training.telemetry import weight_histogram
 from fewbits.training.windows import WINDOWS_FILE, WindowsCallback
 
-RECIPE_FILE = "recipe.yaml"
-EVAL_FILE = "eval.json"
+__all__ = [
+    "CALIBRATION_BLOCKS",
+    "EVAL_FILE",
+    "RECIPE_FILE",
+    "RunResult",
+    "calibrate_",
+    "check_target",
+    "freeze_",
+    "hold_out_best",
+    "load_any",
+    "load_blocks",
+    "model_source",
+    "num_quantized_weights",
+    "ptq_recipe",
+    "quiet_libraries",
+    "read_scores",
+    "run",
+    "teach",
+    "training_arguments",
+    "training_settings",
+    "write_scores",
+]
+
 CALIBRATION_BLOCKS = 64
 """Token blocks that a post-training method sees unless ``init_options`` has ``num_blocks``."""
 
@@ -61,48 +73,6 @@ class RunResult:
     model: nn.Module
     tokenizer: Any
     scores: dict[str, EvalResult]
-
-
-def model_source(name: str) -> str:
-    """The folder or hub id behind a recipe's ``model``: ``embedded`` and ``smollm2`` come from packages."""
-    if name == "embedded":
-        return str(embedded_model_path())
-    return str(smollm2_path()) if name == "smollm2" else name
-
-
-def load_blocks(data: DataSpec, tokenizer: Any, teacher: nn.Module, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """``(train, valid)`` token blocks as the recipe says.
-
-    Raises:
-        ValueError: for missing, empty or too short text.
-        ImportError: with the install line, if ``datasets`` is missing.
-    """
-    size = data.block_size
-    if data.source == "embedded":
-        train = pack_texts(embedded_texts("train"), tokenizer, size, max_tokens=data.max_tokens)
-    elif data.source == "text":
-        assert data.path is not None
-        train = pack_texts(read_texts(data.path), tokenizer, size, max_tokens=data.max_tokens)
-    elif data.source == "traces":
-        assert data.path is not None
-        train = pack_traces(read_traces(data.path), tokenizer, size)
-    elif data.source == "self":
-        assert data.max_tokens is not None
-        train = sample_teacher(teacher, tokenizer, num_tokens=data.max_tokens, block_size=size, seed=seed)
-    else:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise ImportError("data.source='dataset' needs datasets: pip install 'fewbits[datasets]'") from error
-        rows = load_dataset(data.path, data.name, split=data.split)
-        train = pack_dataset(rows, tokenizer, size, column=data.column, max_tokens=data.max_tokens)
-    eval_blocks = max(1, data.eval_tokens // size)
-    if data.eval_path is not None:
-        return train, pack_texts(read_texts(data.eval_path), tokenizer, size).take(eval_blocks)
-    if data.source == "embedded":
-        return train, pack_texts(embedded_texts("valid"), tokenizer, size).take(eval_blocks)
-    train, valid = train.split(data.holdout)
-    return train, valid.take(eval_blocks)
 
 
 def check_target(model: nn.Module, recipe: Recipe) -> None:
@@ -181,36 +151,6 @@ def teach(
     return write_teacher_logits(teacher, blocks, folder, model_digest=model_digest(teacher), **options)
 
 
-def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> str | None:
-    """Guard the run folder; returns the checkpoint to resume from, if any."""
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    if overwrite and folder.exists():
-        if any(folder.iterdir()) and not (folder / RECIPE_FILE).exists():
-            raise ValueError(
-                f"{folder} is not empty and holds no {RECIPE_FILE}; it is not a run and is not overwritten"
-            )
-        shutil.rmtree(folder)
-    if (folder / "model").exists():
-        raise ValueError(f"{folder} holds a finished run; choose another folder or pass overwrite (--overwrite)")
-    checkpoint = None
-    if (folder / RECIPE_FILE).exists():
-        if not resume:
-            raise ValueError(f"{folder} holds an unfinished run; pass resume (--resume) or overwrite (--overwrite)")
-        before = Recipe.load(folder / RECIPE_FILE)
-        if before != recipe:
-            changed = [k for k, v in recipe.model_dump().items() if before.model_dump()[k] != v]
-            raise ValueError(
-                f"{folder} was started with another recipe (it differs in {', '.join(changed)}); use that one"
-            )
-        found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        checkpoint = str(found[-1]) if found else None
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
-    write_text(folder / "environment.json", json.dumps(versions(), indent=1) + "\n")
-    return checkpoint
-
-
 def run(
     recipe: Recipe,
     folder: str | Path,
@@ -240,7 +180,7 @@ def run(
     """
     folder = Path(folder)
     check_options(recipe.init, recipe.init_options)
-    checkpoint = _open_folder(recipe, folder, resume=resume, overwrite=overwrite)
+    checkpoint = open_folder(recipe, folder, resume=resume, overwrite=overwrite)
     source = model_source(recipe.model)
     model = load_model(source, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
@@ -348,48 +288,6 @@ def ptq_recipe(
     return Recipe.parse(json.dumps(fields), [f"init_options.{option}" for option in options])
 
 
-def write_scores(path: Path, scores: dict[str, EvalResult]) -> None:
-    """``eval.json``: scores by stage."""
-    write_text(path, json.dumps({k: v.model_dump() for k, v in scores.items()}, indent=1) + "\n")
-
-
-def read_scores(path: Path) -> dict[str, EvalResult]:
-    """Inverse of :func:`write_scores`.
-
-    Raises:
-        ValueError: if the file is missing or damaged.
-    """
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; evaluate or finish the run first")
-    try:
-        return {k: EvalResult.model_validate(v) for k, v in read_json_object(path).items()}
-    except ValidationError as error:
-        raise ValueError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
-
-
 def num_quantized_weights(model: nn.Module) -> int:
     """Weights that training quantizes."""
     return sum(layer.weight.numel() for _, layer in owned_layers(model))
-
-
-def quiet_libraries() -> None:
-    """Progress bars and warnings of the libraries below off; the command line prints its own."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-
-
-def load_any(source: str | Path) -> tuple[nn.Module, Any]:
-    """Model (in eval mode) and tokenizer of a run, a saved QAT model, an export, a checkpoint or a known name."""
-    folder = Path(source)
-    if (folder / RECIPE_FILE).exists():
-        if not (folder / "model").exists():
-            raise ValueError(f"{folder} is an unfinished run; finish it with --resume")
-        folder = folder / "model"
-    if is_prepared_folder(folder):
-        model, tokenizer = load_prepared(folder)
-        return model.eval(), tokenizer
-    path = model_source(str(folder) if folder.exists() else str(source))
-    return load_model(path).eval(), load_tokenizer(path)
