@@ -28,7 +28,7 @@ from fewbits.convert import closest_names, is_quantizable, qat_layers, replace_m
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.io import QAT_FILE, atomic_folder, read_json_object, write_json
 from fewbits.nn import STATE_PREFIX, QATLayer
-from fewbits.parametrizations import LowRank, parametrization_from_dict
+from fewbits.parametrizations import Parametrization, Tanh, parametrization_from_dict
 from fewbits.pretrained import from_pretrained, has_tokenizer, load_model, load_tokenizer, refuse_missing
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate, surrogate_from_dict
@@ -63,6 +63,8 @@ def describe(model: nn.Module) -> dict[str, Any]:
             layers[name]["differentiate_scale"] = True
         if layer.parametrization is not None:
             layers[name]["parametrization"] = layer.parametrization.to_dict()
+        if layer.transform is not None:
+            layers[name]["parametrization"] = layer.transform.to_dict()
         if not layer.fake_quant_enabled:
             layers[name]["fake_quant_enabled"] = False
     description: dict[str, Any] = {"format_version": FORMAT_VERSION, "layers": layers}
@@ -197,7 +199,7 @@ class LayerPlan:
     scheme: Scheme
     surrogate: Surrogate
     drive: Drive | None = None
-    parametrization: LowRank | None = None
+    parametrization: Parametrization | None = None
     tied_to: str | None = None
     activation: ActivationScheme | None = None
     differentiate_scale: bool = False
@@ -311,7 +313,10 @@ def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor
     )
     for key, value in layer.state().items():
         layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
-    if (how := plan.parametrization) is not None:
+    how = plan.parametrization
+    if isinstance(how, Tanh):
+        layer.transform = how
+    elif how is not None:
         rows, columns = layer.latent().shape
         shapes = (rows, how.rank), (how.rank, columns)
         a, b = (_take(left, f"{name}.{key}", shape).to(device) for key, shape in zip(FACTORS, shapes, strict=True))

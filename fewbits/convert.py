@@ -20,7 +20,7 @@ from fewbits.activations.scheme import ActivationScheme
 from fewbits.activations.text import read_spellings, split_scheme
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.nn import QATConv1D, QATEmbedding, QATLayer, QATLinear, QuantizedEmbedding, QuantizedLayer, QuantizedLinear
-from fewbits.parametrizations import LowRank, read_parametrization
+from fewbits.parametrizations import Parametrization, read_parametrization
 from fewbits.parametrize import parametrize_
 from fewbits.scheme import Scheme
 from fewbits.surrogates import STE, Surrogate, surrogate_from_dict
@@ -62,7 +62,7 @@ class Rule:
     activation: ActivationScheme | None = None
     kv_cache: ActivationScheme | None = None
     differentiate_scale: bool = False
-    parametrization: LowRank | None = None
+    parametrization: Parametrization | None = None
 
     def __post_init__(self) -> None:
         weights, *spelled = split_scheme(self.scheme) if isinstance(self.scheme, str) else (None, None, None)
@@ -88,8 +88,8 @@ class Rule:
                 f"differentiate_scale with mode={scale.mode!r}, rule={scale.rule!r}: only dynamic scales are functions "
                 "of the weights, and mse has no derivative; use mode='dynamic' with absmax, absmean, rms or gaussian"
             )
-        low_rank = read_parametrization(self.parametrization, self.scheme, self.surrogate, self.drive)
-        object.__setattr__(self, "parametrization", low_rank)
+        made_of = read_parametrization(self.parametrization, self.scheme, self.surrogate, self.drive)
+        object.__setattr__(self, "parametrization", made_of)
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])

@@ -20,7 +20,7 @@ from fewbits.fake_quant import fake_quantize, scale_as_function
 from fewbits.grids import Codebook
 from fewbits.numerics import STORED_DTYPE
 from fewbits.packing import pack_codes, packed_width, unpack_codes
-from fewbits.parametrizations import LowRank
+from fewbits.parametrizations import LowRank, Tanh
 from fewbits.qtensor import QTensor, initial_scale, quantize
 from fewbits.scales import combine
 from fewbits.scheme import Scheme
@@ -42,6 +42,7 @@ class QATLayer(nn.Module):
         owner: the layer whose weight is tied to this one, or None.
         parametrization: None, or what the weight is made of; ``weight`` is then the frozen base, in steps, and
             ``weight_a`` and ``weight_b`` are trained.
+        transform: None, or the map from the trained weight to the latent one, which is quantized.
     """
 
     scheme: Scheme
@@ -54,6 +55,7 @@ class QATLayer(nn.Module):
     differentiate_scale = False
     progress = 0.0
     parametrization: LowRank | None = None
+    transform: Tanh | None = None
     weight_a: Tensor
     weight_b: Tensor
     _owner: tuple[QATLayer, ...] = ()
@@ -141,11 +143,12 @@ class QATLayer(nn.Module):
         return base, self.weight_a, self.weight_b, self.weight_scale, self.scheme
 
     def latent(self) -> Tensor:
-        """The latent weight as ``(out_features, in_features)``: the parameter itself, or what its parts make."""
+        """The latent weight as ``(out_features, in_features)``: the parameter itself, or what is made of it."""
         owner = self.owner
         if owner.parametrization is not None:
             return owner.parametrization.latent(*owner._parts())
-        return self.weight.t() if self.transposed else self.weight
+        w = self.weight.t() if self.transposed else self.weight
+        return w if owner.transform is None else owner.transform.apply(w)
 
     def state(self) -> dict[str, Tensor]:
         """The surrogate's tensors (the buffers themselves)."""

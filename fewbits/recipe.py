@@ -41,7 +41,7 @@ class RuleSpec(_Part):
     )
     kv_cache: str | dict[str, Any] | None = Field(default=None, description="keys and values: KV4, or such fields")
     differentiate_scale: bool = Field(default=False, description="let the gradient pass through dynamic scales")
-    parametrization: str | dict[str, Any] | None = Field(default=None, description="low_rank; None: the full weight")
+    parametrization: str | dict[str, Any] | None = Field(default=None, description="low_rank or tanh; None: none")
 
     def build(self) -> Rule:
         """The rule itself."""

@@ -233,6 +233,17 @@ METHODS: dict[str, Method] = {
         note="PARQ's schedule of the weight",
         drive={"name": "parq", "kind": "binary_relax"},
     ),
+    "dorefa": Method(
+        summary="The tanh of the weight on a symmetric grid as wide as its largest entry, identity STE.",
+        papers=("1606.06160",),
+        note=f"{_GROUPS}; weights only, not stretched to [-1, 1], which a trained language model cannot take; "
+        "sign times the mean size at 1 bit, as in the paper",
+        letter="H",
+        options={"rule": "absmax", "mode": "dynamic"},
+        parametrization={"name": "tanh", "normalize": False},
+        by_bits={"1": {"letter": "", "options": {"rule": "absmean"}, "parametrization": None}},
+        missing={"1.58": "DoReFa has even numbers of levels only"},
+    ),
     "bitnet": Method(
         summary="Scales that are the mean size at every step, identity STE.",
         papers=("2402.17764",),

@@ -116,7 +116,7 @@ def triple(fp_model: nn.Module, qat_model: nn.Module) -> Triple:
         for index, (name, p) in enumerate(fp_model.named_parameters()):
             value: Tensor | None = trained.get(name)
             layer = by_weight.get(id(value))
-            if value is not None and layer is not None and layer.parametrization is not None:
+            if value is not None and layer is not None and (layer.parametrization or layer.transform) is not None:
                 value = layer.latent().t() if layer.transposed else layer.latent()
             if value is None or value.shape != p.shape:
                 raise ValueError(f"parameter {name} of the original is missing or has another shape in the trained one")

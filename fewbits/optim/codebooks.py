@@ -102,6 +102,8 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
             raise ValueError(f"{name} has dynamic scales; use mode='learned' or 'frozen' with fitted codebooks")
         if h is not None and scheme.rotation.kind != "none":
             raise ValueError(f"{name} is rotated, so weights per latent entry have no meaning for it")
+        if h is not None and layer.transform is not None:
+            raise ValueError(f"{name} quantizes a function of its trained weight; fit its codebook without weights")
         w = scheme.rotation.apply(layer.latent().detach().float())
         own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
         grid = fit_codebook(w, len(scheme.grid.levels), scheme.scale, weights=h, seed=own_seed)

@@ -7,14 +7,17 @@ from typing import Any
 
 from fewbits.drives import Drive
 from fewbits.parametrizations.low_rank import LowRank
+from fewbits.parametrizations.tanh import Tanh
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate
 
-PARAMETRIZATIONS: dict[str, type[LowRank]] = {cls.name: cls for cls in (LowRank,)}
+Parametrization = LowRank | Tanh
+
+PARAMETRIZATIONS: dict[str, type[Parametrization]] = {LowRank.name: LowRank, Tanh.name: Tanh}
 """Every parametrization by the name that recipes use; a test asserts that it is complete."""
 
 
-def parametrization_from_dict(data: Mapping[str, Any] | str) -> LowRank:
+def parametrization_from_dict(data: Mapping[str, Any] | str) -> Parametrization:
     """Inverse of ``parametrization.to_dict()``; a plain name means the defaults.
 
     Raises:
@@ -35,18 +38,27 @@ def parametrization_from_dict(data: Mapping[str, Any] | str) -> LowRank:
     return cls(**options)
 
 
-def read_parametrization(value: Any, scheme: Scheme, surrogate: Surrogate, drive: Drive | None) -> LowRank | None:
+def read_parametrization(
+    value: Any, scheme: Scheme, surrogate: Surrogate, drive: Drive | None
+) -> Parametrization | None:
     """A rule's parametrization from whatever spells it, checked against the rule's other parts.
 
     Raises:
         ValueError: for a bad spelling, or parts that do not go together.
     """
     found = parametrization_from_dict(value) if isinstance(value, str | dict) else value
-    if not isinstance(found, LowRank | None):
-        raise ValueError(f"a rule's parametrization is a LowRank or None, got {found!r}")
+    if not isinstance(found, Parametrization | None):
+        raise ValueError(f"a rule's parametrization is a LowRank, a Tanh or None, got {found!r}")
     if found is not None:
         found.check(scheme, surrogate, drive)
     return found
 
 
-__all__ = ["PARAMETRIZATIONS", "LowRank", "parametrization_from_dict", "read_parametrization"]
+__all__ = [
+    "PARAMETRIZATIONS",
+    "LowRank",
+    "Parametrization",
+    "Tanh",
+    "parametrization_from_dict",
+    "read_parametrization",
+]

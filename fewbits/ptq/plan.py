@@ -13,6 +13,7 @@ from fewbits.activations.kv_cache import choose_kv, quantize_kv_
 from fewbits.activations.module import add_input_quantizer_
 from fewbits.convert import Rule, add_tied_partners_, qat_layers, replace_module_, select_layers, training_layer
 from fewbits.nn import QATLayer
+from fewbits.parametrizations import Tanh
 from fewbits.parametrize import parametrize_
 from fewbits.ptq._base import PTQResult
 
@@ -34,6 +35,11 @@ def choose(
             raise ValueError(
                 f"{name} has dynamic scales, which are found anew at every use and cannot hold those of {method!r}; "
                 "use mode='learned' or 'frozen'"
+            )
+        if isinstance(rule.parametrization, Tanh) and method != "rtn":
+            raise ValueError(
+                f"{name} quantizes tanh of its weight, so codes and scales that {method!r} finds for the weight itself "
+                "would be lost; start from 'rtn', or drop the parametrization"
             )
     add_tied_partners_(model, chosen, ignore)
     return chosen
