@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fewbits.data import TokenBlocks
+from fewbits.io import write_text
 from fewbits.objectives.losses import IGNORE_INDEX
 
 
@@ -37,6 +40,62 @@ def read_traces(path: str | Path) -> list[tuple[str, str]]:
     if not pairs:
         raise ValueError(f"{path} holds no trace")
     return pairs
+
+
+def write_traces(path: str | Path, pairs: Sequence[tuple[str, str]]) -> Path:
+    """The file that :func:`read_traces` reads, whole or not at all."""
+    rows = (json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) for prompt, answer in pairs)
+    write_text(Path(path), "".join(row + "\n" for row in rows))
+    return Path(path)
+
+
+def addition_traces(num_traces: int, *, num_digits: int = 2, seed: int = 0) -> list[tuple[str, str]]:
+    r"""Different sums ``a+b=`` of numbers below :math:`10^{\mathrm{num\_digits}}`, in random order: a task to verify.
+
+    Args:
+        num_traces: at most ``10 ** (2 * num_digits)``, which is all of them; no prompt comes twice.
+        num_digits: most digits of a summand.
+        seed: the pairs are a function of it.
+
+    Raises:
+        ValueError: for fewer than one trace or more than there are.
+
+    Example:
+        >>> addition_traces(2, seed=1)
+        [('22+1=', '23'), ('93+25=', '118')]
+    """
+    base = 10**num_digits
+    if not 1 <= num_traces <= base**2:
+        raise ValueError(
+            f"num_traces={num_traces}: there are {base**2} sums of {num_digits} digits; use 1 to that many"
+        )
+    pairs = (divmod(index, base) for index in random.Random(seed).sample(range(base**2), num_traces))
+    return [(f"{a}+{b}=", str(a + b)) for a, b in pairs]
+
+
+def digit_reward(completion: str, answer: str) -> float:
+    """Share of places at which a completion has the answer's character; 1 for the answer itself and nothing else.
+
+    Missing and superfluous characters count as wrong places, so that stopping is learned too.
+
+    Args:
+        completion: what a model wrote.
+        answer: what is right; not empty.
+
+    Returns:
+        A number in ``[0, 1]``.
+
+    Raises:
+        ValueError: for an empty answer.
+
+    Example:
+        >>> digit_reward("107", "107"), digit_reward("117", "107"), digit_reward("1", "23")
+        (1.0, 0.6666666666666666, 0.0)
+    """
+    if not answer:
+        raise ValueError("the answer is empty; nothing could be verified")
+    right = sum(a == b for a, b in zip(completion, answer, strict=False))
+    return right / max(len(completion), len(answer))
 
 
 class TraceBlocks(TokenBlocks):

@@ -25,7 +25,8 @@ ORDER = [
     "evaluate", "geometry", "ptq", "training",
     "targets", "runtime",
     "manifest", "comparison", "engines", "verify", "export",
-    "inspection", "run_folder", "loading", "pipeline", "plots", "report", "diagnose", "arena", "cookbook", "demo",
+    "inspection", "run_folder", "loading", "pipeline", "reinforce",
+    "plots", "report", "diagnose", "arena", "cookbook", "demo",
     "cli_arena", "cli_runtime", "cli_diagnose", "cli_teach", "cli", "testing",
 ]  # fmt: skip
 """Names of modules and packages right below ``fewbits``, lowest first."""
