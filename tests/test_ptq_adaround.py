@@ -6,38 +6,15 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from ptq_common import SCHEMES, data, every_scheme
 
 from fewbits.convert import Rule, qat_layers
 from fewbits.nn import QATLayer
 from fewbits.ptq import adaround, apply_ptq, clip_scale, hessian_of, output_error, rtn
 from fewbits.ptq.adaround import beta_at, between_levels, hardening, inverse_soft_rounding, soft_rounding
 from fewbits.qtensor import initial_scale, quantize
-from fewbits.rotations import Rotation
 from fewbits.scheme import Scheme
 from fewbits.testing.tiny import tiny_llama, toy_blocks
-
-SCHEMES = [
-    Scheme.parse(text, **options)
-    for text, options in [
-        ("W4", {}),
-        ("W2G32", {}),
-        ("W3", {"granularity": "per_tensor"}),
-        ("W2HG32", {}),
-        ("W1.58G32", {}),
-        ("W1G32", {}),
-        ("W2KG32", {}),
-        ("W2G32", {"superblock": 64}),
-        ("W2HG32", {"rotation": Rotation(kind="random_hadamard", block_size=16)}),
-    ]
-]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
-
-
-def data(rows: int = 8, width: int = 80) -> tuple[Tensor, Tensor]:
-    """A weight, and correlated inputs."""
-    x = torch.randn(300, 6) @ torch.randn(6, width) + torch.randn(300, width)
-    return torch.randn(rows, width) * 0.05, x
 
 
 def test_it_starts_at_the_fraction() -> None:

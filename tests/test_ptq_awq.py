@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from ptq_common import over
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,7 +35,7 @@ SCHEMES = [
         ("W2G32", {"superblock": 64}),
     ]
 ]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
+every_scheme = over(SCHEMES)
 
 
 def data(rows: int = 8, width: int = 80) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ptq_common import over
 from torch import Tensor
 
 from fewbits.ptq import gptq, hessian_of, output_error, rtn
@@ -29,7 +30,7 @@ SCHEMES = [
         ("W2G64", {"mode": "frozen", "dtype": "fp32"}),
     ]
 ]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
+every_scheme = over(SCHEMES)
 
 
 def data(rows: int = 6, width: int = 80, *, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

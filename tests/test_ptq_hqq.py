@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ptq_common import over
 from torch import Tensor
 
 from fewbits.convert import Rule, owned_layers
@@ -27,7 +28,7 @@ SCHEMES = [
         ("W2HG32", {"rotation": Rotation(kind="random_hadamard", block_size=16)}),
     ]
 ]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
+every_scheme = over(SCHEMES)
 
 
 def heavy(rows: int = 8, width: int = 80) -> Tensor:

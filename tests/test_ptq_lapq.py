@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from ptq_common import every_scheme
 from torch import Tensor, nn
 
 from fewbits.convert import Rule, qat_layers
@@ -25,26 +26,9 @@ from fewbits.ptq import (
 from fewbits.ptq.calibration import Calibration
 from fewbits.ptq.lapq import gaussian_lp_step
 from fewbits.qtensor import quantize
-from fewbits.rotations import Rotation
 from fewbits.scales import find_scale
 from fewbits.scheme import Scheme
 from fewbits.testing.tiny import tiny_llama, toy_blocks
-
-SCHEMES = [
-    Scheme.parse(text, **options)
-    for text, options in [
-        ("W4", {}),
-        ("W2G32", {}),
-        ("W3", {"granularity": "per_tensor"}),
-        ("W2HG32", {}),
-        ("W1.58G32", {}),
-        ("W1G32", {}),
-        ("W2KG32", {}),
-        ("W2G32", {"superblock": 64}),
-        ("W2HG32", {"rotation": Rotation(kind="random_hadamard", block_size=16)}),
-    ]
-]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
 
 
 @pytest.mark.parametrize(

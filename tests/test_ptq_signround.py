@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from ptq_common import SCHEMES, data, every_scheme
 from torch import Tensor, nn
 
 from fewbits.convert import Rule, prepare, qat_layers
@@ -14,31 +15,8 @@ from fewbits.ptq import apply_ptq, hessian_of, output_error, rtn, signround
 from fewbits.ptq.calibration import run_model
 from fewbits.ptq.signround import SignRoundWeight, default_learning_rate, sign_descent
 from fewbits.qtensor import initial_scale, quantize
-from fewbits.rotations import Rotation
 from fewbits.scheme import Scheme
 from fewbits.testing.tiny import tiny_llama, toy_blocks
-
-SCHEMES = [
-    Scheme.parse(text, **options)
-    for text, options in [
-        ("W4", {}),
-        ("W2G32", {}),
-        ("W3", {"granularity": "per_tensor"}),
-        ("W2HG32", {}),
-        ("W1.58G32", {}),
-        ("W1G32", {}),
-        ("W2KG32", {}),
-        ("W2G32", {"superblock": 64}),
-        ("W2HG32", {"rotation": Rotation(kind="random_hadamard", block_size=16)}),
-    ]
-]
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name}-{s.scale.granularity}")
-
-
-def data(rows: int = 8, width: int = 80) -> tuple[Tensor, Tensor]:
-    """A weight, and correlated inputs."""
-    x = torch.randn(300, 6) @ torch.randn(6, width) + torch.randn(300, width)
-    return torch.randn(rows, width) * 0.05, x
 
 
 def test_the_total_travel_is_just_over_one_half() -> None:
