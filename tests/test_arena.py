@@ -15,6 +15,9 @@ from fewbits.arena.cells import CELLS_FOLDER, chosen_rate, num_cells, read_cell,
 from fewbits.arena.execute import run_cell
 from fewbits.arena.methods import rule_for
 from fewbits.arena.pages import markdown_table, write_pages
+from fewbits.arena.rows_gradients import GRADIENTS
+from fewbits.arena.rows_starts import STARTS
+from fewbits.arena.rows_training import TRAINING
 from fewbits.arena.settings import parse_budget
 from fewbits.arena.shared import load_texts, read_start, split_held_out
 from fewbits.arena.summary import summarize
@@ -166,6 +169,11 @@ def test_workers_give_the_same_numbers(arena: tuple[ArenaSettings, Path], checkp
     assert here.report is not None
     assert result.report.loss == here.report.loss
     assert result.batches_digest == here.batches_digest
+
+
+def test_no_name_stands_in_two_tables() -> None:
+    """A second row of a name would silently take the place of the first."""
+    assert len(METHODS) == len(GRADIENTS) + len(TRAINING) + len(STARTS)
 
 
 @pytest.mark.parametrize("method", METHODS)

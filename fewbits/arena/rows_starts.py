@@ -1,0 +1,81 @@
+"""Rows of the arena that differ in where training starts, those without training, and the controls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fewbits.arena.methods import Method
+from fewbits.arena.parts import MUON, MUON_NOTE
+
+_SEQ_MSE: dict[str, Any] = {
+    "letter": "H",
+    "surrogate": {"name": "clipped_ste", "edge": "bin"},
+    "by_bits": {"1": {"letter": ""}, "1.58": {"letter": ""}},
+}
+"""SEQ's grid with scales that start at the smallest squared error."""
+
+_ROTATED: dict[str, Any] = {**_SEQ_MSE, "options": {"rotation": {"kind": "hadamard"}}}
+
+STARTS: dict[str, Method] = {
+    "rotated_seq": Method(
+        summary="Block Hadamard, SEQ's grid, learned scales from the smallest squared error, clipped STE.",
+        note="ours: QuEST's rotation with learned scales",
+        **_ROTATED,
+    ),
+    "seq_from_gptq": Method(
+        summary="SEQ's grid (the plain one at 1 bit and ternary) from the start that GPTQ gives, clipped STE.",
+        papers=("2210.17323",),
+        init="gptq",
+        **_SEQ_MSE,
+    ),
+    "seq_from_signround": Method(
+        summary="SEQ's grid (the plain one at 1 bit and ternary) from the start that SignRound gives, clipped STE.",
+        papers=("2309.05516",),
+        note="the start sees its own calibration text many times; processor time counts it",
+        init="signround",
+        **_SEQ_MSE,
+    ),
+    "rotated_seq_muon": Method(
+        summary="rotated_seq, latent weights by Muon.",
+        note=f"ours; {MUON_NOTE}",
+        **MUON,
+        **_ROTATED,
+    ),
+    "rotated_seq_from_signround": Method(
+        summary="rotated_seq from the start that SignRound gives.",
+        papers=("2309.05516",),
+        note="ours; the start sees its own calibration text many times; processor time counts it",
+        init="signround",
+        **_ROTATED,
+    ),
+    "clipped_ste_from_gptq": Method(
+        summary="Clipped STE from the start that GPTQ gives.",
+        papers=("2210.17323", "2601.14888"),
+        surrogate={"name": "clipped_ste", "edge": "level"},
+        init="gptq",
+    ),
+    "rtn": Method(summary="Rounding to nearest with the scales of least squared error, no training.", stage="ptq"),
+    "gptq": Method(summary="GPTQ, no training.", papers=("2210.17323",), stage="ptq", init="gptq"),
+    "rotated_signround": Method(
+        summary="SignRound on rotated_seq's grid, no training after it.",
+        papers=("2309.05516",),
+        note="ours; sees its calibration text many times",
+        stage="ptq",
+        init="signround",
+        **_ROTATED,
+    ),
+    "fp_finetune_then_ptq": Method(
+        summary="Control: as many tokens in full precision on cross-entropy, then rounding to nearest.",
+        note="distillation from itself would be no training at all",
+        objective={"cross_entropy": 1.0, "kl": 0.0},
+        stage="fp_then_ptq",
+    ),
+    "fp_finetune_then_gptq": Method(
+        summary="Control: as many tokens in full precision on cross-entropy, then GPTQ.",
+        note="distillation from itself would be no training at all",
+        papers=("2210.17323",),
+        objective={"cross_entropy": 1.0, "kl": 0.0},
+        stage="fp_then_ptq",
+        init="gptq",
+    ),
+}
