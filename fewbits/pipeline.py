@@ -202,6 +202,7 @@ def run(
     if cache is not None:
         vocab = int(model.get_output_embeddings().weight.shape[0])
         blocks = cache.attach(train, vocab_size=vocab, temperature=recipe.objective.temperature)
+    use_cache = model.config.use_cache
     trainer = QATTrainer(
         model,
         training_arguments(recipe, folder, quiet=quiet),
@@ -214,6 +215,7 @@ def run(
     if quiet:
         trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
+    model.config.use_cache = use_cache  # the Trainer turns it off, and generation from the saved model would be slow
     if watch is not None:
         write_json(folder / WINDOWS_FILE, watch.to_dict())
     model.eval()

@@ -49,6 +49,7 @@ def test_a_run_leaves_a_complete_folder_and_is_not_overwritten(checkpoint: Path,
     result = run(recipe(checkpoint), folder, quiet=True)
     for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "eval.json", "histogram.json", "model"):
         assert (folder / name).exists(), name
+    assert json.loads((folder / "model" / "config.json").read_text())["use_cache"] is True  # generation keeps its cache
     assert Recipe.load(folder / "recipe.yaml") == recipe(checkpoint)
     assert set(result.scores) == {"fp", "rtn", "qat"} == set(read_scores(folder / "eval.json"))
     assert set(json.loads((folder / "histogram.json").read_text())) == {"before", "after"}

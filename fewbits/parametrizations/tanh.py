@@ -4,8 +4,8 @@ r"""DoReFa: the quantizer sees the hyperbolic tangent of the trained weight.
           \hat w = \frac{2}{N} \left\lfloor \frac{N}{2} (z + 1) \right\rceil - 1, \quad N = 2^k - 1.
 
 The levels of :math:`\hat w` are odd multiples of 1/N: the half-shifted grid at one scale 2/N for the whole tensor,
-which is what the scale rule ``absmax`` finds on z, whatever the weights are. So DoReFa is this map, and nothing else, in
-front of an ordinary quantizer: codes, scales, conversion and export are those of any other layer.
+which is what the scale rule ``absmax`` finds on z, whatever the weights are. So DoReFa is this map, and nothing else,
+in front of an ordinary quantizer: codes, scales, conversion and export are those of any other layer.
 
 Reference: DoReFa-Net, arXiv:1606.06160.
 """
