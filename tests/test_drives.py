@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from fewbits.convert import Rule, convert, prepare
+from fewbits.convert import Rule, convert, owned_layers, prepare
 from fewbits.drives import CAGE, DRIVES, FPQ, PARQ, Drive, NoDrive, WinQ, drive_from_dict, driven_weight
 from fewbits.drives.parq import inverse_slope, prox
 from fewbits.fake_quant import fake_quantize
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
 from fewbits.nn import QATLayer
-from fewbits.optim.driving import apply_drives_, set_progress_
+from fewbits.optim.driving import add_pulls_to_gradients_, apply_drives_, set_progress_
 from fewbits.rotations import Rotation
 from fewbits.scales import stored_scale
 from fewbits.scheme import Scheme
 from fewbits.surrogates import STE, ClippedSTE
+from fewbits.testing.tiny import TINY_MODELS
 
 GOLDEN = [-1.3, -0.6, -0.2, 0.05, 0.12, 0.45, 0.9, 2.0]
 GRIDS: list[AnyGrid] = [Binary(), Ternary(), Int(2), Int(4), HalfShifted(2), Codebook((-3.0, -1.0, 1.0, 7.0))]
@@ -359,6 +360,42 @@ def test_cage_schedule() -> None:
     assert CAGE(silence=0.0).pull(step=8, total_steps=8, lr=0.0) == 0.0  # a learning rate that decayed to 0
     with pytest.raises(ValueError, match="strength"):
         CAGE(strength=20.0, silence=0.0).pull(step=8, total_steps=8, lr=0.1)
+
+
+@pytest.mark.parametrize(("strength", "q"), [(3.0, 1), (10.0, 0)])
+def test_coupled_cage_rests_exactly_at_the_stationary_point(strength: float, q: int) -> None:
+    """q + h (a - q) / lambda, without the decoupled form's factor 1 - lr lambda; one start, cells 1 and 0."""
+    cage = CAGE(strength=strength, silence=0.0, schedule="constant", coupled=True)
+    h, a, lr, total = 2.0, 0.8, 0.002, 8000
+    x = 0.2
+    for step in range(1, total + 1):
+        level = float(round(x))
+        x -= lr * (h * (level - a) + cage.gradient_pull(step=step, total_steps=total) * (x - level))
+        assert cage.pull(step=step, total_steps=total, lr=lr) == 0
+    assert x == pytest.approx(q + h * (a - q) / strength, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_coupled_pulls_are_added_to_gradients_of_driven_layers_only(name: str) -> None:
+    cage = CAGE(strength=2.0, silence=0.5, coupled=True)
+    rules = [Rule(pattern="*mlp*", scheme="W2", drive=cage), Rule(scheme="W2", drive=CAGE(strength=2.0))]
+    model = prepare(TINY_MODELS[name](), rules)
+    with pytest.raises(ValueError, match="there are none"):
+        add_pulls_to_gradients_(model, step=4, total_steps=4)
+    ids = torch.arange(24).view(1, 24)
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = {key: layer.weight.grad.clone() for key, layer in owned_layers(model)}
+    assert add_pulls_to_gradients_(model, step=2, total_steps=4) == []
+    pulled = add_pulls_to_gradients_(model, step=3, total_steps=4)
+    assert pulled == [key for key in before if ".mlp." in key]
+    for key, layer in owned_layers(model):
+        error = (layer.latent() - layer.quantized_weight()).detach()
+        error = error.t() if layer.transposed else error
+        torch.testing.assert_close(layer.weight.grad, before[key] + (key in pulled) * error, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="step=5 is outside"):
+        add_pulls_to_gradients_(model, step=5, total_steps=4)
+    with pytest.raises(ValueError, match="must be true or false"):
+        CAGE(coupled=1)  # type: ignore[arg-type]
 
 
 def test_cage_limits() -> None:

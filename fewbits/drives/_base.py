@@ -1,10 +1,11 @@
 """What a drive is: whatever moves the latent weight, or the weight of the forward pass, besides the gradient.
 
-A drive is a frozen value without state. It acts at three places, all of them in training mode only:
+A drive is a frozen value without state. It acts at four places, all of them in training mode only:
 
 1. ``perturb`` and ``perturb_scale``: noise *before* the quantizer, so the gradient is taken at a noisy latent point;
 2. ``forward_weight``: a softer weight in place of the hard one in the forward pass;
-3. ``after_step_``: a pull of the latent weight toward the grid, after optimizer and scheduler.
+3. ``gradient_pull``: a pull toward the grid as a part of the gradient, before the optimizer;
+4. ``after_step_``: a pull of the latent weight toward the grid, after optimizer and scheduler.
 
 Evaluation and conversion never see any of it: what ships is the hard quantizer at the latent weight.
 """
@@ -75,6 +76,16 @@ class Drive:
         """
         del w, context
         return quantized
+
+    def gradient_pull(self, *, step: int, total_steps: int) -> float:
+        """Factor >= 0 of ``w - Q(w)`` in the gradient of this step; 0 is no pull and costs nothing.
+
+        Args:
+            step: the optimizer step that is about to be made: 1 to ``total_steps``.
+            total_steps: of the run.
+        """
+        del step, total_steps
+        return 0.0
 
     def pull(self, *, step: int, total_steps: int, lr: float) -> float:
         """How far to move toward the grid after this step, in [0, 1]; 0 is not at all and costs nothing.

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fewbits.convert import owned_layers
 from fewbits.nn import QATLayer
-from fewbits.optim.driving import apply_drives_, set_progress_
+from fewbits.optim.driving import add_pulls_to_gradients_, apply_drives_, set_progress_
 from fewbits.surrogates import JacQuant
 from fewbits.surrogates.jacquant import steps_of
 from fewbits.training.metrics import MetricsFile
@@ -68,8 +68,9 @@ class QATCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep the weights whose update is to be multiplied by the gain."""
+        """Add coupled pulls to gradients, and keep the weights whose update is to be multiplied by the gain."""
         model = extract_model_from_parallel(kwargs["model"])
+        add_pulls_to_gradients_(model, step=state.global_step + 1, total_steps=state.max_steps)
         self._before = {name: layer.weight.detach().clone() for name, layer in owned_layers(model) if _on_update(layer)}
 
     def on_optimizer_step(
