@@ -194,6 +194,13 @@ GRADIENTS: dict[str, Method] = {
         drive="cage",
         **_QUEST,
     ),
+    "cage_coupled": Method(
+        summary="The same pull added to the gradient, so that Adam's second moment weighs it.",
+        papers=("2510.18784",),
+        note=f"{_GROUPS}; after clipping and at the decoupled strength, which are our choices",
+        drive={"name": "cage", "coupled": True},
+        **_QUEST,
+    ),
     "parq": Method(
         summary="Forward weights harden along the run by a proximal map.",
         papers=("2503.15748",),
