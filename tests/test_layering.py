@@ -18,7 +18,7 @@ MAX_LINES = 400
 ORDER = [
     "numerics", "grids", "scales", "rotations", "scheme", "qtensor", "kmeans",
     "surrogates", "fake_quant", "drives", "activations",
-    "packing", "parametrizations", "nn", "parametrize", "convert",
+    "packing", "parametrizations", "nn", "parametrize", "rules", "convert",
     "optim", "objectives",
     "io", "weight_files", "pretrained", "quantizer", "checkpoint", "adapters",
     "corpora", "data", "traces", "teacher_logits", "smollm2", "recipe",
