@@ -191,12 +191,12 @@ def test_every_method_is_a_valid_recipe_or_says_why_not(method: str, scheme: str
     assert recipe.train.max_steps == (0 if METHODS[method].stage == "ptq" else 1953)
 
 
-def test_only_two_methods_are_missing_at_each_scheme() -> None:
+def test_few_methods_are_missing_at_a_scheme() -> None:
     settings = ArenaSettings()
     missing = {scheme: {name for name in METHODS if settings.allows(scheme, name)} for scheme in settings.schemes}
     assert missing == {
         "W2G64": {"bitnet"},
-        "W1.58": {"kmeans", "seq_mse", "jacquant_seq"},
+        "W1.58": {"dorefa", "kmeans", "seq_mse", "jacquant_seq"},
         "W1": {"seq_mse", "jacquant_seq"},
     }
 

@@ -155,7 +155,7 @@ class ArenaSettings(BaseModel):
             >>> settings.recipe("W2G64", "ste", 1e-3, 3).train.warmup_steps
             2
         """
-        method: Method = METHODS[name]
+        method: Method = METHODS[name].at(split_scheme(scheme)[0])
         steps = 0 if method.stage == "ptq" else self.num_steps
         data: dict[str, Any] = {"block_size": self.block_size, "eval_tokens": 2 * self.eval_tokens + self.block_size}
         data |= {"source": "embedded"} if self.text is None else {"source": "text", "path": self.text}
