@@ -78,7 +78,7 @@ def from_pretrained(path: str | Path, **options: Any) -> tuple[Any, dict[str, An
         ValueError: for whatever Transformers raises.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    if isinstance(path, Path):
+    if isinstance(path, Path) and "gguf_file" not in options:  # a GGUF file holds its own configuration
         _refuse_absurd(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

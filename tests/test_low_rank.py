@@ -26,7 +26,7 @@ from fewbits.nn import QATLinear
 from fewbits.objectives import Objective
 from fewbits.optim import parameter_groups
 from fewbits.optim.codebooks import refit_codebooks_
-from fewbits.parametrizations import PARAMETRIZATIONS, LowRank, parametrization_from_dict
+from fewbits.parametrizations import PARAMETRIZATIONS, LowRank, Tanh, parametrization_from_dict
 from fewbits.ptq import apply_ptq
 from fewbits.rotations import Rotation
 from fewbits.scales import ScaleSpec, find_scale, stored_scale
@@ -495,7 +495,7 @@ def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
         ({"scheme": "W2", "surrogate": JacQuant(apply="update")}, "apply='grad'"),
         ({"scheme": "W2", "parametrization": {"name": "low_rank", "ranks": 2}}, "no option 'ranks'"),
         ({"scheme": "W2", "parametrization": "lora"}, "unknown parametrization 'lora'"),
-        ({"scheme": "W2", "parametrization": 3}, "a LowRank or None"),
+        ({"scheme": "W2", "parametrization": 3}, "a LowRank, a Tanh or None"),
         ({"scheme": Scheme(grid=Codebook((-200.0, 1.0)))}, "storage 'int8' cannot hold"),
     ],
 )
@@ -518,7 +518,7 @@ def test_more_errors() -> None:
 
 
 def test_the_table_is_complete_and_round_trips() -> None:
-    assert {"low_rank": LowRank} == PARAMETRIZATIONS
+    assert {"low_rank": LowRank, "tanh": Tanh} == PARAMETRIZATIONS
     assert parametrization_from_dict(LowRank(rank=3).to_dict()) == LowRank(rank=3)
 
 

@@ -12,6 +12,7 @@ from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate
 
 Parametrization = LowRank | Tanh
+"""What a rule's ``parametrization`` may be."""
 
 PARAMETRIZATIONS: dict[str, type[Parametrization]] = {LowRank.name: LowRank, Tanh.name: Tanh}
 """Every parametrization by the name that recipes use; a test asserts that it is complete."""
