@@ -17,9 +17,13 @@ NUM_STEPS = 200
 LEARNING_RATE = 5e-4
 BATCH_SIZE = 4
 """Of a recipe by name, unless overridden: the demo's budget, some minutes for the embedded model on a processor."""
-DEFAULT_METHODS: dict[str, str] = {"1": "clipped_ste", "1.58": "clipped_ste", "2": "clipped_ste"}
-"""The arena's choice by bit-width."""
-OTHER_BITS = "clipped_ste"
+DEFAULT_METHODS: dict[str, tuple[str, float]] = {
+    "1": ("combined", 6e-4),
+    "1.58": ("combined", 2e-4),
+    "2": ("seq_from_signround", 2e-4),
+}
+"""The arena's choice by bit-width, among rows that engines hold, and its learning rate; evidence: docs/arena.md."""
+OTHER_BITS = ("clipped_ste", LEARNING_RATE)
 """At bit-widths that the arena has not compared."""
 
 
@@ -38,8 +42,8 @@ def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Example:
         >>> find_recipe("quest@W1", ["train.max_steps=50"]).rules[0].surrogate
         {'name': 'clipped_ste', 'edge': 1.3}
-        >>> find_recipe("W2G64") == find_recipe(f"{DEFAULT_METHODS['2']}@W2G64")
-        True
+        >>> find_recipe("W2G64").init
+        'signround'
     """
     text = str(name)
     if Path(text).is_file() or text in shipped_recipes():
@@ -51,11 +55,20 @@ def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         bits, _ = split_scheme(text)
     except ValueError:
         return Recipe.load(text, overrides)  # which says what there is
-    return method_recipe(DEFAULT_METHODS.get(bits, OTHER_BITS), text, overrides)
+    method, rate = DEFAULT_METHODS.get(bits, OTHER_BITS)
+    return method_recipe(method, text, overrides, learning_rate=rate)
 
 
-def method_recipe(name: str, scheme: str, overrides: Sequence[str] = ()) -> Recipe:
+def method_recipe(
+    name: str, scheme: str, overrides: Sequence[str] = (), *, learning_rate: float = LEARNING_RATE
+) -> Recipe:
     """One method of the arena at one scheme, on the embedded model unless overridden.
+
+    Args:
+        name: of the method.
+        scheme: such as ``W2G64``.
+        overrides: as :meth:`fewbits.recipe.Recipe.parse`.
+        learning_rate: the arena's common rate; the method's ``rate_factor`` multiplies it.
 
     Raises:
         ValueError: for an unknown method, one that is not defined at the scheme, or one that no recipe can say.
@@ -73,9 +86,9 @@ def method_recipe(name: str, scheme: str, overrides: Sequence[str] = ()) -> Reci
         raise ValueError(f"{name} is a control of the arena, full precision first; it has no recipe")
     steps = 0 if method.stage == "ptq" else NUM_STEPS
     train: dict[str, Any] = {"max_steps": steps, "batch_size": BATCH_SIZE}
-    train["learning_rate"] = LEARNING_RATE * method.rate_factor
+    train["learning_rate"] = learning_rate * method.rate_factor
     if method.rate_factor != 1 and "rest_optim" in method.train:
-        train |= {"scale_learning_rate": LEARNING_RATE, "rest_learning_rate": LEARNING_RATE}
+        train |= {"scale_learning_rate": learning_rate, "rest_learning_rate": learning_rate}
     fields: dict[str, Any] = {
         "rules": [rule_for(name, method, scheme, num_steps=NUM_STEPS)],
         "init": method.init,

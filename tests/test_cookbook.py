@@ -41,8 +41,11 @@ def test_every_method_has_the_arenas_recipe(name: str, scheme: str) -> None:
 
 
 def test_a_scheme_alone_takes_the_default_method() -> None:
-    for bits, method in DEFAULT_METHODS.items():
-        assert find_recipe(f"W{bits}") == method_recipe(method, f"W{bits}")
+    for bits, (method, rate) in DEFAULT_METHODS.items():
+        recipe = find_recipe(f"W{bits}")
+        assert recipe == method_recipe(method, f"W{bits}", learning_rate=rate)
+        assert recipe.train.learning_rate == rate * METHODS[method].at(bits).rate_factor
+        assert recipe.rules[0].build().scheme.rotation.kind == "none"  # so that engines hold it
     assert find_recipe("W4G64").rules[0].build().scheme.name == "W4A16G64"
 
 
