@@ -37,8 +37,6 @@ LEAVES = dict(
         strict=True,
     )
 )
-HEAVY = {"onnx:4", "genai"}
-"""Graphs of 77 layers that take 15 s to make; ``onnx``, the third one, runs every time."""
 SHAPES = {
     group: {"mlp.down_proj": (256, 512), "mlp.gate_proj": (512, 256), "mlp.up_proj": (512, 256)}.get(leaf, (256, 256))
     for group, leaf in LEAVES.items()
@@ -119,7 +117,7 @@ def exported(name: str, parent: Path) -> Export:
     return Export(model, codes, tensors, target.expected_tensors(model), engine)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in HEAVY)) for n in TARGETS])
+@pytest.mark.parametrize("name", TARGETS)
 def test_what_a_target_holds_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     found = exported(name, tmp_path)
     cells = held(get_target(name), SHAPES)
