@@ -18,8 +18,8 @@ LEARNING_RATE = 5e-4
 BATCH_SIZE = 4
 """Of a recipe by name, unless overridden: the demo's budget, some minutes for the embedded model on a processor."""
 DEFAULT_METHODS: dict[str, tuple[str, float]] = {
-    "1": ("combined", 6e-4),
-    "1.58": ("combined", 2e-4),
+    "1": ("seq_from_signround", 6e-4),
+    "1.58": ("seq_from_signround", 2e-4),
     "2": ("seq_from_signround", 2e-4),
 }
 """The arena's choice by bit-width, among rows that engines hold, and its learning rate; evidence: docs/arena.md."""

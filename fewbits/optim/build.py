@@ -110,7 +110,7 @@ def _class_and_defaults(name: str, args: TrainingArguments, model: nn.Module) ->
         cls, defaults = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     except ImportError as error:
         if is_schedule_free(name):
-            raise ImportError(f"optim={name!r} needs schedulefree: pip install schedulefree") from error
+            raise ImportError(f"optim={name!r} needs schedulefree: pip install 'fewbits[optim]'") from error
         raise
     finally:
         args.optim = asked
