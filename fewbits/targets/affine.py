@@ -203,6 +203,14 @@ def _ordinary(scheme: Scheme, width: int) -> tuple[QTensor, ...]:
     return tuple(quantize(w, scheme, scale) for scale in scales)
 
 
+def judge_dtype(scheme: Scheme, multiplier: Fraction, stored: str) -> Judgement:
+    """The verdict of a format that keeps ``multiplier`` times the scale in the model's own dtype."""
+    if all(always_exact(multiplier, scheme, dtype) for dtype in (torch.float16, torch.bfloat16)):
+        return Judgement(verdict="lossless", reason=stored)
+    condition = "the model is float32, or its dtype holds every scale"
+    return Judgement(verdict="lossless if", reason=condition, stored=stored)
+
+
 def judge_numbers(
     scheme: Scheme, shape: tuple[int, int], condition: str, stored: str, pack: Callable[[QTensor], object]
 ) -> Judgement:

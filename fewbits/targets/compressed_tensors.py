@@ -28,12 +28,12 @@ from fewbits.targets.affine import (
     Judgement,
     Zero,
     affine_fit,
-    always_exact,
     assemble,
     codes_from_stored,
     engine_group,
     explain_misfit,
     gather_scale,
+    judge_dtype,
     refuse_scheme,
     scale_dtype,
     spread_scale,
@@ -105,10 +105,7 @@ class CompressedTensors:
         scale = "the scale" if fit.multiplier == 1 else f"{fit.multiplier} scale"
         zero = "" if fit.zeros == "middle" else f", zero point {fit.zero}"
         stored = f"{fit.num_bits}-bit codes with {scale}, {where}{zero}"
-        if all(always_exact(fit.multiplier, scheme, dtype) for dtype in (torch.float16, torch.bfloat16)):
-            return Judgement(verdict="lossless", reason=stored)
-        condition = "the model is float32, or its dtype holds every scale"
-        return Judgement(verdict="lossless if", reason=condition, stored=stored)
+        return judge_dtype(scheme, fit.multiplier, stored)
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme; scales and the model's dtype are checked by :meth:`write`."""

@@ -29,12 +29,12 @@ from fewbits.targets.affine import (
     Fit,
     Judgement,
     affine_fit,
-    always_exact,
     assemble,
     codes_from_stored,
     engine_group,
     explain_misfit,
     gather_scale,
+    judge_dtype,
     refuse_scheme,
     spread_scale,
     stored_codes,
@@ -79,10 +79,7 @@ class TorchAO:
         fit, group = found
         where = "a scale a row" if group == shape[1] else f"groups of {group}"
         stored = f"{fit.num_bits}-bit codes in int8, zero {_zero(fit):g}, {where}"
-        if all(always_exact(fit.multiplier, scheme, dtype) for dtype in (torch.float16, torch.bfloat16)):
-            return Judgement(verdict="lossless", reason=stored)
-        condition = "the model is float32, or its dtype holds every scale"
-        return Judgement(verdict="lossless if", reason=condition, stored=stored)
+        return judge_dtype(scheme, fit.multiplier, stored)
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None, or why the format cannot hold the scheme; scales and the model's dtype are checked by :meth:`write`."""
