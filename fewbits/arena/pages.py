@@ -38,7 +38,8 @@ def table_rows(summary: SchemeSummary) -> list[list[str]]:
 
 def _cells(row: Row) -> list[str]:
     rate = "" if row.learning_rate is None else f"{row.learning_rate:g}" + ("*" if row.at_edge else "")
-    spread = f" +- {row.spread:.4f}" if len(row.losses) > 1 else ""
+    trained = row.learning_rate is not None  # else there is one cell, and no spread was measured
+    spread = f" +- {row.spread:.4f}" if trained and len(row.losses) > 1 else ""
     diverged = f" ({row.num_diverged} diverged)" if row.num_diverged else ""
     return [
         row.name,
@@ -62,7 +63,8 @@ def conditions(summary: Summary) -> list[str]:
     lines = [
         f"Model {Path(s.model).name}, {s.num_steps} steps of {s.batch_size} x {s.block_size} tokens "
         f"({s.num_steps * s.tokens_per_step:,} in all, of a text of {start.train_tokens:,}), "
-        f"AdamW, cosine after {WARMUP_SHARE:.0%} warm-up; every cell starts from the same weights.",
+        f"AdamW and a cosine after {WARMUP_SHARE:.0%} warm-up unless a row says otherwise; every cell starts from the "
+        "same weights, and methods that need no training, also as starts, run once: their own seed is not varied.",
         f"Learning rates {rates} for every method that trains, on {_count(s.tuning_seeds, 'seed')}; the lowest mean "
         "loss on the tuning text is chosen (a * marks the end of the range: a better rate may lie beyond).",
         f"Reported on {start.report.num_tokens:,} tokens of other held-out text, {_count(s.seeds, 'seed')}; a seed is "
