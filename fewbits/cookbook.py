@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fewbits.arena import METHODS, NotForScheme
-from fewbits.arena.methods import rule_for, split_scheme
+from fewbits.arena.methods import recipe_fields, rule_for, split_scheme
 from fewbits.recipe import Recipe, shipped_recipes
 
 NUM_STEPS = 200
@@ -81,23 +80,12 @@ def method_recipe(
         near = difflib.get_close_matches(name, METHODS, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else f"; methods: {', '.join(METHODS)}"
         raise ValueError(f"unknown method {name!r} in {f'{name}@{scheme}'!r}{hint}")
-    method = METHODS[name].at(split_scheme(scheme)[0])
+    method = METHODS[name]
     if method.stage == "fp_then_ptq":
         raise ValueError(f"{name} is a control of the arena, full precision first; it has no recipe")
+    fields = recipe_fields(name, method, scheme, learning_rate=learning_rate, num_steps=NUM_STEPS)
     steps = 0 if method.stage == "ptq" else NUM_STEPS
-    train: dict[str, Any] = {"max_steps": steps, "batch_size": BATCH_SIZE}
-    train["learning_rate"] = learning_rate * method.rate_factor
-    if method.rate_factor != 1 and "rest_optim" in method.train:
-        train |= {"scale_learning_rate": learning_rate, "rest_learning_rate": learning_rate}
-    fields: dict[str, Any] = {
-        "rules": [rule_for(name, method, scheme, num_steps=NUM_STEPS)],
-        "init": method.init,
-        "train": train | method.train,
-    }
-    if method.objective is not None:
-        fields["objective"] = method.objective
-    if method.fit_codebooks:
-        fields["codebooks"] = {"step": 0}
+    fields["train"] = {"max_steps": steps, "batch_size": BATCH_SIZE, **fields["train"]}
     return Recipe.parse(yaml.safe_dump(fields, sort_keys=False), overrides)
 
 

@@ -37,7 +37,7 @@ def test_every_method_has_the_arenas_recipe(name: str, scheme: str) -> None:
         assert getattr(recipe.train, key) == getattr(arena.train, key), key
     if arena.train.max_steps:
         assert recipe.train.learning_rate == arena.train.learning_rate
-    assert (recipe.codebooks is not None) == method.fit_codebooks
+    assert recipe.codebooks == arena.codebooks
 
 
 def test_a_scheme_alone_takes_the_default_method() -> None:

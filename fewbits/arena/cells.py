@@ -112,15 +112,14 @@ class CellResult(BaseModel):
 
 
 def fingerprint(settings: ArenaSettings, cell: Cell, start: Start) -> str:
-    """SHA-256 of everything that decides what the cell measures: its recipe, the text, the start, the fit of codebooks.
+    """SHA-256 of everything that decides what the cell measures: its recipe, the text, the start, the stage.
 
     The place of model and text does not count, their content does.
     """
     recipe = identity(settings.recipe(cell.scheme, cell.method, cell.learning_rate, cell.seed))
     recipe["model"] = start.model_digest
     recipe["data"]["path"] = start.text_digest
-    method = METHODS[cell.method]
-    parts = [recipe, method.stage, method.fit_codebooks]
+    parts = [recipe, METHODS[cell.method].stage, False]  # once a flag that recipes say themselves by now
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -26,7 +26,6 @@ from fewbits.convert import Rule, owned_layers, prepare
 from fewbits.data import TokenBlocks
 from fewbits.evaluate import EvalResult, evaluate, versions
 from fewbits.inspection import inspect_model
-from fewbits.optim.codebooks import refit_codebooks_
 from fewbits.pipeline import CALIBRATION_BLOCKS, freeze_, model_source
 from fewbits.ptq import apply_ptq
 from fewbits.recipe import Recipe
@@ -164,8 +163,6 @@ def train_method(
             layer.fake_quant_enabled = False
     else:
         _start(recipe, rules, model, recipe.init, text)
-    if method.fit_codebooks:
-        refit_codebooks_(model)
     freeze_(model, recipe.train.freeze)
     if recipe.train.max_steps == 0:
         return model.eval()

@@ -47,7 +47,7 @@ class Method(BaseModel):
             methods, for an optimizer whose steps have another size. Where ``rest_optim`` moves scales and the rest,
             these keep the cell's rate.
         init: post-training method of the start; for ``ptq`` and ``fp_then_ptq`` the method itself.
-        fit_codebooks: fit a codebook to every layer before the first step.
+        codebooks: as in a recipe.
         stage: ``train``; ``ptq``: no training; ``fp_then_ptq``: trained in full precision, then ``init``.
         by_bits: fields that differ at a bit-width, such as ``{"1": {"surrogate": ..}}``.
         missing: bit-widths at which the method is not defined, and why.
@@ -67,7 +67,7 @@ class Method(BaseModel):
     train: dict[str, Any] = Field(default_factory=dict)
     rate_factor: float = Field(default=1.0, gt=0)
     init: str = "rtn"
-    fit_codebooks: bool = False
+    codebooks: dict[str, Any] | None = None
     stage: Stage = "train"
     by_bits: dict[str, dict[str, Any]] = Field(default_factory=dict)
     missing: dict[str, str] = Field(default_factory=dict)
@@ -131,6 +131,41 @@ def rule_for(name: str, method: Method, scheme: str, *, num_steps: int) -> dict[
     if here.parametrization is not None:
         rule["parametrization"] = here.parametrization
     return json.loads(json.dumps(rule))
+
+
+def recipe_fields(
+    name: str, method: Method, scheme: str, *, learning_rate: float | None, num_steps: int
+) -> dict[str, Any]:
+    """What the method says of a recipe, as data: all but model, text, seed and budget.
+
+    Args:
+        name: of the method, for messages.
+        method: the row.
+        scheme: such as ``W2G64``.
+        learning_rate: the common one, which ``rate_factor`` multiplies; None leaves the recipe's default.
+        num_steps: optimizer steps of the run.
+
+    Raises:
+        NotForScheme: if the method is not defined there.
+
+    Example:
+        >>> from fewbits.arena.table import METHODS
+        >>> recipe_fields("lion", METHODS["lion"], "W2", learning_rate=1e-3, num_steps=200)["train"]
+        {'learning_rate': 0.0003, 'optim': 'lion'}
+    """
+    rule = rule_for(name, method, scheme, num_steps=num_steps)
+    here = method.at(split_scheme(scheme)[0])
+    train: dict[str, Any] = {}
+    if learning_rate is not None:
+        train["learning_rate"] = learning_rate * here.rate_factor
+        if here.rate_factor != 1 and "rest_optim" in here.train:
+            train |= {"scale_learning_rate": learning_rate, "rest_learning_rate": learning_rate}
+    fields: dict[str, Any] = {"rules": [rule], "init": here.init, "train": train | here.train}
+    if here.objective is not None:
+        fields["objective"] = here.objective
+    if here.codebooks is not None:
+        fields["codebooks"] = here.codebooks
+    return fields
 
 
 def _with_interval(surrogate: str | dict[str, Any], num_steps: int) -> str | dict[str, Any]:

@@ -237,7 +237,7 @@ GRADIENTS: dict[str, Method] = {
         note="fitted to the checkpoint, no warm-up in full precision; block scales are learned from there",
         letter="K",
         options={"rule": "absmax"},
-        fit_codebooks=True,
+        codebooks={"step": 0},
         by_bits={"1": {"options": {"rule": "absmean"}}},
         missing={"1.58": "a codebook of three levels takes 2 bits in a file, more than the ternary grid's 1.6"},
     ),

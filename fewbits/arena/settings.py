@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fewbits.arena.methods import Method, NotForScheme, rule_for, split_scheme
+from fewbits.arena.methods import NotForScheme, recipe_fields, rule_for, split_scheme
 from fewbits.arena.table import METHODS
 from fewbits.recipe import Recipe
 
@@ -155,8 +155,9 @@ class ArenaSettings(BaseModel):
             >>> settings.recipe("W2G64", "ste", 1e-3, 3).train.warmup_steps
             2
         """
-        method: Method = METHODS[name].at(split_scheme(scheme)[0])
+        method = METHODS[name]
         steps = 0 if method.stage == "ptq" else self.num_steps
+        fields = recipe_fields(name, method, scheme, learning_rate=learning_rate, num_steps=self.num_steps)
         data: dict[str, Any] = {"block_size": self.block_size, "eval_tokens": 2 * self.eval_tokens + self.block_size}
         data |= {"source": "embedded"} if self.text is None else {"source": "text", "path": self.text}
         train: dict[str, Any] = {
@@ -166,19 +167,5 @@ class ArenaSettings(BaseModel):
             "telemetry_interval": max(1, steps),
             "logging_steps": max(1, steps),
         }
-        if learning_rate is not None:
-            train["learning_rate"] = learning_rate * method.rate_factor
-            if method.rate_factor != 1 and "rest_optim" in method.train:
-                train |= {"scale_learning_rate": learning_rate, "rest_learning_rate": learning_rate}
-        train |= method.train
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "rules": [rule_for(name, method, scheme, num_steps=self.num_steps)],
-            "init": method.init,
-            "data": data,
-            "train": train,
-            "seed": seed,
-        }
-        if method.objective is not None:
-            fields["objective"] = method.objective
+        fields |= {"model": self.model, "data": data, "train": train | fields["train"], "seed": seed}
         return Recipe.parse(yaml.safe_dump(fields, sort_keys=False), self.overrides)

@@ -180,7 +180,8 @@ class QATTrainer(Trainer):
         if not codebook_layers(model):
             raise ValueError("codebooks are to be fitted, but no layer has one; use a scheme such as W2KG64")
         moves = fit.step > 0 or fit.refit_interval is not None
-        if moves and (best_blocks is not None or self.settings.ema_decay is not None):
+        averaged = self.settings.ema_decay is not None or self.settings.objective.consistency > 0
+        if moves and (best_blocks is not None or averaged):
             raise ValueError(
                 "an earlier or mean iterate has no codebook of its own: fit once, at step 0, or do without"
             )
