@@ -21,6 +21,8 @@ from fewbits.scheme import Scheme
 _SCHEME = re.compile(r"^W(?P<bits>1\.58|[1-8])(?P<rest>(A16)?(G(-1|\d+))?)$")
 REFRESHES = 20
 """JacQuant refreshes its gain every 100 steps, or so many times in a run that is shorter."""
+MEASUREMENTS = 5
+"""EWGS measures the curvature every 100 steps, or so many times in a run that is shorter: it costs several steps."""
 Value = str | dict[str, Any] | None
 Stage = Literal["train", "ptq", "fp_then_ptq"]
 
@@ -169,7 +171,14 @@ def recipe_fields(
 
 
 def _with_interval(surrogate: str | dict[str, Any], num_steps: int) -> str | dict[str, Any]:
-    if isinstance(surrogate, str) or surrogate["name"] != "jacquant":
+    if isinstance(surrogate, str):
+        return surrogate
+    if surrogate["name"] == "ewgs" and surrogate.get("hessian") is not None:
+        return {
+            **surrogate,
+            "hessian": {**surrogate["hessian"], "interval": min(100, max(1, num_steps // MEASUREMENTS))},
+        }
+    if surrogate["name"] != "jacquant":
         return surrogate
     return {**surrogate, "interval": min(100, max(1, num_steps // REFRESHES))}
 

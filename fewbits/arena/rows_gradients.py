@@ -168,6 +168,12 @@ GRADIENTS: dict[str, Method] = {
         note="delta is fixed at .001 where the paper follows the Hessian",
         surrogate="ewgs",
     ),
+    "ewgs_hessian": Method(
+        summary="Gradient scaled by the rounding error, as much as the curvature of the loss says, layer by layer.",
+        papers=("2104.00903",),
+        note="measured five times in a short run, each time at the cost of about 15 steps",
+        surrogate={"name": "ewgs", "hessian": {}},
+    ),
     "rotation_trick": Method(
         summary="Gradient turned as the weights are turned into their levels.",
         papers=("2410.06424",),

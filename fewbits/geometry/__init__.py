@@ -20,6 +20,7 @@ from fewbits.geometry.basin import (
 )
 from fewbits.geometry.curvature import (
     TraceEstimate,
+    gradient_and_products,
     hessian_operator,
     hutchinson,
     hvp,
@@ -115,6 +116,7 @@ __all__ = [
     "factorization_run",
     "flip_rate",
     "gradient",
+    "gradient_and_products",
     "groupwise_energy",
     "half_time",
     "has_level_inside",

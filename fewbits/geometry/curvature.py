@@ -61,21 +61,55 @@ def hvp(loss: Loss, params: Sequence[Tensor], vector: Sequence[Tensor]) -> Vecto
 
     Reference: Pearlmutter's trick; arXiv:2606.09012.
     """
+    return gradient_and_products(loss, params, [vector])[1][0]
+
+
+def gradient_and_products(
+    loss: Loss, params: Sequence[Tensor], vectors: Sequence[Sequence[Tensor]]
+) -> tuple[Vector, list[Vector]]:
+    r"""The gradient and :math:`H v` for several vectors, from one forward pass and one backward pass; see :func:`hvp`.
+
+    Args:
+        loss: loss closure, nats.
+        params: leaf tensors.
+        vectors: at least one, each of the shapes of ``params``; one more backward pass for each.
+
+    Returns:
+        ``(gradient, [H v, ...])``, detached, zeros for parameters that the loss does not touch.
+
+    Raises:
+        ValueError: if the loss has no graph, or a vector does not fit.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0])
+        >>> gradient_and_products(lambda: (w**3).sum(), [w], [[torch.tensor([1.0, 0.0])]])
+        ([tensor([ 3., 12.])], [[tensor([6., 0.])]])
+    """
     leaves = list(params)
-    check_like(leaves, vector)
+    for vector in vectors:
+        check_like(leaves, vector)
+    products: list[Vector] = []
     with tracked(leaves), sdpa_kernel(SDPBackend.MATH):
         value = loss()
         if not value.requires_grad:
             raise ValueError("loss() has no graph: it must be computed from the parameters, outside torch.no_grad()")
         grads = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-        inner = [(g * v.detach().to(g)).sum() for g, v in zip(grads, vector, strict=True) if g is not None]
-        inner = [part for part in inner if part.requires_grad]
-        if not inner:
-            return [torch.zeros_like(p) for p in leaves]
-        # Summed as Python objects, so that parameters on several devices work.
-        total = sum((part.to(inner[0].device) for part in inner[1:]), start=inner[0])
-        second = torch.autograd.grad(total, leaves, allow_unused=True)
-    return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(leaves, second, strict=True)]
+        for index, vector in enumerate(vectors):
+            inner = [(g * v.detach().to(g)).sum() for g, v in zip(grads, vector, strict=True) if g is not None]
+            inner = [part for part in inner if part.requires_grad]
+            if not inner:
+                products.append([torch.zeros_like(p) for p in leaves])
+                continue
+            # Summed as Python objects, so that parameters on several devices work.
+            total = sum((part.to(inner[0].device) for part in inner[1:]), start=inner[0])
+            last = index == len(vectors) - 1
+            second = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=not last)
+            products.append(_filled(second, leaves))
+    return _filled(grads, leaves), products
+
+
+def _filled(found: Sequence[Tensor | None], params: Sequence[Tensor]) -> Vector:
+    return [torch.zeros_like(p) if x is None else x.detach() for x, p in zip(found, params, strict=True)]
 
 
 def hvp_finite_difference(

@@ -7,7 +7,7 @@ from typing import Any
 
 from fewbits.surrogates._base import ElementwiseSurrogate, Surrogate
 from fewbits.surrogates.dsq import DSQ
-from fewbits.surrogates.ewgs import EWGS
+from fewbits.surrogates.ewgs import EWGS, HessianSchedule
 from fewbits.surrogates.jacquant import JacQuant
 from fewbits.surrogates.rotation_trick import RotationTrick
 from fewbits.surrogates.stableqat import StableQAT
@@ -51,6 +51,7 @@ __all__ = [
     "SURROGATES",
     "ClippedSTE",
     "ElementwiseSurrogate",
+    "HessianSchedule",
     "JacQuant",
     "RotationTrick",
     "StableQAT",

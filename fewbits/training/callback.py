@@ -16,6 +16,7 @@ from fewbits.nn import QATLayer
 from fewbits.optim.driving import add_pulls_to_gradients_, apply_drives_, set_progress_
 from fewbits.surrogates import JacQuant
 from fewbits.surrogates.jacquant import steps_of
+from fewbits.training.curvature import CurvatureRefresh, scheduled_layers
 from fewbits.training.metrics import MetricsFile
 from fewbits.training.telemetry import Telemetry
 
@@ -27,7 +28,7 @@ def refresh_generator(seed: int, layer: str, step: int) -> torch.Generator:
 
 
 class QATCallback(TrainerCallback):
-    """Refreshes JacQuant's gain, applies it to updates, and records telemetry.
+    """Refreshes JacQuant's gain and EWGS's delta, applies gains to updates, and records telemetry.
 
     Put it into the ``callbacks`` of your own Trainer; :class:`~fewbits.training.QATTrainer` brings it along.
 
@@ -36,6 +37,7 @@ class QATCallback(TrainerCallback):
         telemetry_interval: optimizer steps between looks at layers whose surrogate has no interval of its own.
         calibration: also record how well the gain predicts the moves of the deployed weights (a copy of the weights on
             the CPU, no extra pass); ``QATTrainer(...).qat_callback.telemetry.calibration = True`` does the same.
+        curvature: measures EWGS's delta; needed if a layer's EWGS has a Hessian schedule.
 
     Example:
         >>> QATCallback(telemetry_interval=50).telemetry_interval
@@ -43,13 +45,19 @@ class QATCallback(TrainerCallback):
     """
 
     def __init__(
-        self, metrics_path: str | Path | None = None, *, telemetry_interval: int = 100, calibration: bool = False
+        self,
+        metrics_path: str | Path | None = None,
+        *,
+        telemetry_interval: int = 100,
+        calibration: bool = False,
+        curvature: CurvatureRefresh | None = None,
     ) -> None:
         if telemetry_interval < 1:
             raise ValueError(f"telemetry_interval={telemetry_interval} must be at least 1")
         self.metrics = None if metrics_path is None else MetricsFile(metrics_path)
         self.telemetry_interval = telemetry_interval
         self.telemetry = Telemetry(calibration=calibration)
+        self.curvature = curvature
         self.last: dict[str, dict[str, float]] = {}
         self._before: dict[str, Tensor] = {}
 
@@ -60,6 +68,11 @@ class QATCallback(TrainerCallback):
         model = extract_model_from_parallel(kwargs["model"])
         if not any(True for _ in owned_layers(model)):
             raise ValueError("the model has no prepared layer; call fewbits.prepare before training")
+        if self.curvature is None and (waiting := scheduled_layers(model)):
+            raise ValueError(
+                f"{next(iter(waiting))}: ewgs with a Hessian schedule needs the loss; use QATTrainer, or give "
+                "QATCallback(curvature=CurvatureRefresh(loss, batches))"
+            )
         set_progress_(model, state.global_step / max(1, state.max_steps))
         self.telemetry.start(model)
         if self.metrics is not None and state.is_world_process_zero:
@@ -91,11 +104,12 @@ class QATCallback(TrainerCallback):
         step = state.global_step
         model = extract_model_from_parallel(kwargs["model"])
         apply_drives_(model, step=step, total_steps=state.max_steps, lr=latent_learning_rate(kwargs.get("optimizer")))
+        measured = {} if self.curvature is None else self.curvature.refresh_(model, step)
         looked: dict[str, dict[str, float]] = {}
         for name, layer in owned_layers(model):
-            if not self._is_due(step, layer):
+            if name not in measured and not self._is_due(step, layer):
                 continue
-            looked[name] = self.telemetry.look(name, layer)
+            looked[name] = self.telemetry.look(name, layer) | measured.get(name, {})
             if isinstance(layer.surrogate, JacQuant):
                 generator = refresh_generator(layer.surrogate.seed, name, step)
                 looked[name] |= layer.surrogate.refresh_(

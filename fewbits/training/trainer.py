@@ -29,6 +29,7 @@ from fewbits.training.best import KeepBest
 from fewbits.training.callback import QATCallback, first_non_finite
 from fewbits.training.codebooks import CodebookCallback, codebook_layers
 from fewbits.training.consistency import CONSISTENCY_FILE, Consistency
+from fewbits.training.curvature import curvature_of
 from fewbits.training.variance import (
     FixedBatches,
     check_drives,
@@ -162,6 +163,7 @@ class QATTrainer(Trainer):
             Path(self.args.output_dir or ".") / "metrics.jsonl",
             telemetry_interval=self.settings.telemetry_interval,
             calibration=self.settings.calibration,
+            curvature=curvature_of(self),
         )
         self.add_callback(self.qat_callback)
         self.variance: VarianceReduced | None = None
