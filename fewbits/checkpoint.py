@@ -312,7 +312,7 @@ def _set_up_(layer: QATLayer, name: str, plan: LayerPlan, left: dict[str, Tensor
         plan.scheme, plan.surrogate, scale=scale, drive=plan.drive, differentiate_scale=plan.differentiate_scale
     )
     for key, value in layer.state().items():
-        layer._buffers[STATE_PREFIX + key] = _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device)
+        layer.hold_state_(key, _take(left, f"{name}.{STATE_PREFIX}{key}", value.shape).to(device))
     how = plan.parametrization
     if isinstance(how, Tanh):
         layer.transform = how

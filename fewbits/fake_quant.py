@@ -5,7 +5,8 @@ Forward: ``dequantize(quantize(w))`` bit for bit. Backward, with the upstream gr
 * latent weight: :math:`R^{-1}\,\mathrm{pullback}(R\,G, v)`, whatever the surrogate says;
 * scale: always from G itself, never from the surrogate: :math:`\frac{1}{\sqrt{n\,q_p}} \sum_g G_j\,(\ell_j - v_j
   1\{v_j\ \mathrm{inside}\})` with levels :math:`\ell` and n the number of weights that share the scale (LSQ,
-  arXiv:1902.08153, with the per-group count); the binary grid uses :math:`\sum G_j \ell_j`.
+  arXiv:1902.08153, with the per-group count); the binary grid uses :math:`\sum G_j \ell_j`;
+* tensors of the surrogate's state that are trained (DSQ's alpha): what the surrogate says of the gradient per step.
 
 Only the latent weight itself and the scale are saved: no mask, no second copy. The backward pass computes ``v`` again,
 and only where the surrogate or the scale needs it.
@@ -28,7 +29,10 @@ from fewbits.surrogates._base import State
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, w: Tensor, scale: Tensor, scheme: Scheme, surrogate: Surrogate, state: State) -> Tensor:
+    def forward(
+        ctx: Any, w: Tensor, scale: Tensor, scheme: Scheme, surrogate: Surrogate, state: State, *trained: Tensor
+    ) -> Tensor:
+        del trained  # parts of the state; here so that they get their gradient
         ctx.save_for_backward(w, scale)
         ctx.scheme, ctx.surrogate, ctx.state = scheme, surrogate, state
         spec = scheme.scale
@@ -43,15 +47,17 @@ class _FakeQuantize(torch.autograd.Function):
         w, scale = ctx.saved_tensors
         scheme, surrogate = ctx.scheme, ctx.surrogate
         need_w, need_scale = ctx.needs_input_grad[:2]
+        need_state = any(ctx.needs_input_grad[5:])
         spec, grid = scheme.scale, scheme.grid
         view = spec.view(w.shape)
         grad = scheme.rotation.apply(grads[0].float())
         v = None
-        if need_scale or surrogate.needs_v:
+        if need_scale or need_state or surrogate.needs_v:
             with torch.no_grad():  # a constant of the backward pass: a double backward differentiates G alone
                 s = stored_scale(scale, spec)
                 v = view.split(scheme.rotation.apply(w.float())) / s[..., None]
         grad_w = grad_scale = None
+        grad_state: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 5)
         if need_w:
             flat = None if v is None else view.merge(v)
             grad_w = scheme.rotation.invert(surrogate.pullback(grad, flat, grid, ctx.state)).to(w.dtype)
@@ -64,7 +70,12 @@ class _FakeQuantize(torch.autograd.Function):
                     slope -= v.masked_fill_((v < low) | (v > high), 0.0)
                 factor = scale_gradient_factor(scheme, w.shape).to(w.device)
             grad_scale = ((view.split(grad) * slope).sum(-1) * factor).to(scale.dtype)
-        return grad_w, grad_scale, None, None, None
+        if need_state:
+            assert v is not None
+            per_step = view.merge(view.split(grad) * s[..., None])
+            found = surrogate.state_gradient(per_step, view.merge(v), grid, ctx.state)
+            grad_state = tuple(g.to(ctx.state[k].dtype) for k, g in zip(surrogate.trained, found, strict=True))
+        return grad_w, grad_scale, None, None, None, *grad_state
 
 
 def scale_gradient_factor(scheme: Scheme, shape: torch.Size) -> Tensor:
@@ -91,7 +102,8 @@ def fake_quantize(
         state: the surrogate's tensors; None makes fresh ones.
 
     Returns:
-        ``quantize(w, scheme, scale).dequantize(w.dtype)`` bit for bit, differentiable in ``w`` and ``scale``.
+        ``quantize(w, scheme, scale).dequantize(w.dtype)`` bit for bit, differentiable in ``w``, ``scale`` and what the
+        surrogate trains.
 
     Raises:
         ValueError: for a shape that the scheme cannot take.
@@ -108,7 +120,7 @@ def fake_quantize(
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.name} of {tuple(w.shape)} needs {expected}")
     state = surrogate.init_state(w.shape, w.device) if state is None else state
-    return _FakeQuantize.apply(w, scale, scheme, surrogate, state)
+    return _FakeQuantize.apply(w, scale, scheme, surrogate, state, *(state[key] for key in surrogate.trained))
 
 
 def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:

@@ -90,6 +90,13 @@ class QATLayer(nn.Module):
         else:
             self.register_buffer("weight_scale", scale)
         for key, value in surrogate.init_state(w.shape, w.device).items():
+            self.hold_state_(key, value)
+
+    def hold_state_(self, key: str, value: Tensor) -> None:
+        """Keep a tensor of the surrogate's state: as a parameter if it is trained, else as a buffer."""
+        if key in self.surrogate.trained:
+            self.register_parameter(STATE_PREFIX + key, nn.Parameter(value))
+        else:
             self.register_buffer(STATE_PREFIX + key, value)
 
     def parametrize_(
@@ -151,9 +158,9 @@ class QATLayer(nn.Module):
         return w if owner.transform is None else owner.transform.apply(w)
 
     def state(self) -> dict[str, Tensor]:
-        """The surrogate's tensors (the buffers themselves)."""
-        skip = len(STATE_PREFIX)
-        return {k[skip:]: v for k, v in self.owner._buffers.items() if k.startswith(STATE_PREFIX) and v is not None}
+        """The surrogate's tensors (the buffers and parameters themselves)."""
+        held, skip = {**self.owner._buffers, **self.owner._parameters}, len(STATE_PREFIX)
+        return {k[skip:]: v for k, v in held.items() if k.startswith(STATE_PREFIX) and v is not None}
 
     def raw_scale(self) -> Tensor:
         """Raw scales ``(R, G)``, found by the rule where they are dynamic."""

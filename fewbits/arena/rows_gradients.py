@@ -162,6 +162,13 @@ GRADIENTS: dict[str, Method] = {
         note="alpha is fixed at .2 where the paper learns it",
         surrogate="dsq",
     ),
+    "dsq_learned": Method(
+        summary="The same with the softness alpha of every layer learned.",
+        papers=("1908.05033",),
+        note="the forward pass rounds hard and alpha follows the gradient of the soft weight; LSQ scales in place of "
+        "learned ends of the range",
+        surrogate={"name": "dsq", "learned": True},
+    ),
     "ewgs": Method(
         summary="Gradient scaled by the rounding error.",
         papers=("2104.00903",),

@@ -23,7 +23,7 @@ def parameter_groups(
     Args:
         model: a prepared model.
         learning_rate: of the latent weights, or of their low-rank factors.
-        scale_learning_rate: of the learned scales (never decayed).
+        scale_learning_rate: of the learned scales, and of what a surrogate trains (never decayed).
         rest_learning_rate: of everything else: norms, biases, embeddings in full precision; 0 leaves it fixed.
         weight_decay: of the latent weights, and of matrices among the rest.
 
@@ -39,6 +39,7 @@ def parameter_groups(
         raise ValueError("the model has no prepared layer; call prepare first")
     latent = {id(w) for layer in layers for w in layer.trained_weights()}
     scales = {id(layer.weight_scale) for layer in layers if isinstance(layer.weight_scale, nn.Parameter)}
+    scales |= {id(layer.state()[key]) for layer in layers for key in layer.surrogate.trained}
     groups: dict[str, dict[str, Any]] = {
         "latent": {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
         "scale": {"params": [], "lr": scale_learning_rate, "weight_decay": 0.0},

@@ -38,6 +38,22 @@ class Surrogate:
         del shape, device
         return {}
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the state's tensors that the optimizer trains; none for most surrogates."""
+        return ()
+
+    def state_gradient(self, grad: Tensor, v: Tensor, grid: AnyGrid, state: State) -> tuple[Tensor, ...]:
+        """Gradients of the :attr:`trained` tensors, in their order.
+
+        Args:
+            grad: gradient at the level of every weight, that is per step: at the quantized weight, times the scale.
+            v: latent weight in steps, same shape.
+            grid: the level set.
+            state: what :meth:`init_state` made.
+        """
+        raise AssertionError(f"{type(self).__name__} does not define state_gradient")
+
     def pullback(self, grad: Tensor, v: Tensor | None, grid: AnyGrid, state: State) -> Tensor:
         """Gradient for the latent weight.
 

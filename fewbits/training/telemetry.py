@@ -53,8 +53,9 @@ class Telemetry:
 
         Returns:
             ``flip_rate``: share of codes that changed; ``saturated_share``: share of weights outside the outermost
-            levels; ``scale_drift``: mean abs(log2(scale / start)); ``scale_mean``; with ``calibration``, the entries of
-            :func:`fewbits.training.windows.calibration`. Look before the gain is refreshed.
+            levels; ``scale_drift``: mean abs(log2(scale / start)); ``scale_mean``; what a surrogate trains, such as
+            ``alpha``; with ``calibration``, the entries of :func:`fewbits.training.windows.calibration`. Look before
+            the gain is refreshed.
         """
         scheme = layer.scheme
         q = layer.qtensor()
@@ -66,6 +67,7 @@ class Telemetry:
             "saturated_share": 1.0 - float(inside(v, scheme.grid, "level").float().mean()),
             "scale_drift": float((scale / self._start_scale[name]).log2().abs().mean()),
             "scale_mean": float(scale.mean()),
+            **{key: float(layer.state()[key].float().mean()) for key in layer.surrogate.trained},
         }
         self._codes[name] = codes
         if self.calibration:
