@@ -30,34 +30,41 @@ from fewbits.surrogates._base import State
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, w: Tensor, scale: Tensor, scheme: Scheme, surrogate: Surrogate, state: State, *trained: Tensor
+        ctx: Any,
+        w: Tensor,
+        scale: Tensor,
+        scheme: Scheme,
+        surrogate: Surrogate,
+        state: State,
+        rotated: bool,
+        *trained: Tensor,
     ) -> Tensor:
         del trained  # parts of the state; here so that they get their gradient
         ctx.save_for_backward(w, scale)
-        ctx.scheme, ctx.surrogate, ctx.state = scheme, surrogate, state
+        ctx.scheme, ctx.surrogate, ctx.state, ctx.rotated = scheme, surrogate, state, rotated
         spec = scheme.scale
         view = spec.view(w.shape)
         s = stored_scale(scale, spec)
         v = view.split(scheme.rotation.apply(w.float())) / s[..., None]
         x = view.merge(dequantize_levels(scheme.grid.project_(v), s))
-        return scheme.rotation.invert(x).to(w.dtype)
+        return (x if rotated else scheme.rotation.invert(x)).to(w.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         w, scale = ctx.saved_tensors
         scheme, surrogate = ctx.scheme, ctx.surrogate
         need_w, need_scale = ctx.needs_input_grad[:2]
-        need_state = any(ctx.needs_input_grad[5:])
+        need_state = any(ctx.needs_input_grad[6:])
         spec, grid = scheme.scale, scheme.grid
         view = spec.view(w.shape)
-        grad = scheme.rotation.apply(grads[0].float())
+        grad = grads[0].float() if ctx.rotated else scheme.rotation.apply(grads[0].float())
         v = None
         if need_scale or need_state or surrogate.needs_v:
             with torch.no_grad():  # a constant of the backward pass: a double backward differentiates G alone
                 s = stored_scale(scale, spec)
                 v = view.split(scheme.rotation.apply(w.float())) / s[..., None]
         grad_w = grad_scale = None
-        grad_state: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 5)
+        grad_state: tuple[Tensor | None, ...] = (None,) * (len(ctx.needs_input_grad) - 6)
         if need_w:
             flat = None if v is None else view.merge(v)
             grad_w = scheme.rotation.invert(surrogate.pullback(grad, flat, grid, ctx.state)).to(w.dtype)
@@ -75,7 +82,7 @@ class _FakeQuantize(torch.autograd.Function):
             per_step = view.merge(view.split(grad) * s[..., None])
             found = surrogate.state_gradient(per_step, view.merge(v), grid, ctx.state)
             grad_state = tuple(g.to(ctx.state[k].dtype) for k, g in zip(surrogate.trained, found, strict=True))
-        return grad_w, grad_scale, None, None, None, *grad_state
+        return grad_w, grad_scale, None, None, None, None, *grad_state
 
 
 def scale_gradient_factor(scheme: Scheme, shape: torch.Size) -> Tensor:
@@ -90,6 +97,8 @@ def fake_quantize(
     scale: Tensor | None = None,
     surrogate: Surrogate | None = None,
     state: State | None = None,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     r"""Quantize and dequantize a latent weight, with a gradient.
 
@@ -100,10 +109,12 @@ def fake_quantize(
             gradient passed on. None finds them by the scheme's rule, as constants.
         surrogate: stands for the derivative; None is the identity STE.
         state: the surrogate's tensors; None makes fresh ones.
+        rotated: leave the result in the basis in which it is rounded, :math:`s\,\ell(R w / s)`, where its upstream
+            gradient is too.
 
     Returns:
-        ``quantize(w, scheme, scale).dequantize(w.dtype)`` bit for bit, differentiable in ``w``, ``scale`` and what the
-        surrogate trains.
+        ``quantize(w, scheme, scale).dequantize(w.dtype, rotated=rotated)`` bit for bit, differentiable in ``w``,
+        ``scale`` and what the surrogate trains.
 
     Raises:
         ValueError: for a shape that the scheme cannot take.
@@ -120,7 +131,8 @@ def fake_quantize(
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.name} of {tuple(w.shape)} needs {expected}")
     state = surrogate.init_state(w.shape, w.device) if state is None else state
-    return _FakeQuantize.apply(w, scale, scheme, surrogate, state, *(state[key] for key in surrogate.trained))
+    trained = (state[key] for key in surrogate.trained)
+    return _FakeQuantize.apply(w, scale, scheme, surrogate, state, rotated, *trained)
 
 
 def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:

@@ -19,7 +19,7 @@ from fewbits.drives import Drive, NoDrive, driven_weight
 from fewbits.fake_quant import fake_quantize, scale_as_function
 from fewbits.grids import Codebook
 from fewbits.numerics import STORED_DTYPE
-from fewbits.packing import pack_codes, packed_width, unpack_codes
+from fewbits.packing import empty_packed, pack_codes, unpack_codes
 from fewbits.parametrizations import LowRank, Tanh
 from fewbits.qtensor import QTensor, initial_scale, quantize
 from fewbits.scales import combine
@@ -181,6 +181,15 @@ class QATLayer(nn.Module):
             return fake_quantize(*parts)
         return driven_weight(owner.drive, *parts, progress=owner.progress)
 
+    def operand(self) -> Tensor:
+        """The weight as a linear layer multiplies it: left rotated where the scheme says so, as its input is then."""
+        owner, rotation = self.owner, self.scheme.rotation
+        if rotation.basis == "original" or not owner.fake_quant_enabled:
+            return rotation.into_product(self.quantized_weight())
+        w = owner.latent()
+        scale = scale_as_function(w, self.scheme) if owner.differentiate_scale else owner.raw_scale()
+        return fake_quantize(w, self.scheme, scale, self.surrogate, self.state(), rotated=True)
+
     @torch.no_grad()
     def forward_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight by training's own forward pass, not by way of the codes: in fp32, then cast."""
@@ -202,7 +211,7 @@ class QATLinear(QATLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``Q(input) @ Q(weight).T + bias``."""
-        return nn.functional.linear(quantize_input(self, input), self.quantized_weight(), self.bias)
+        return nn.functional.linear(quantize_input(self, input, self.scheme.rotation), self.operand(), self.bias)
 
 
 class QATConv1D(QATLayer, Conv1D):
@@ -213,7 +222,7 @@ class QATConv1D(QATLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """``Q(x) @ Q(weight) + bias``."""
-        return nn.functional.linear(quantize_input(self, x), self.quantized_weight(), self.bias)
+        return nn.functional.linear(quantize_input(self, x, self.scheme.rotation), self.operand(), self.bias)
 
 
 class QATEmbedding(QATLayer, nn.Embedding):
@@ -229,26 +238,6 @@ class QATEmbedding(QATLayer, nn.Embedding):
 def _scaled(rows: Tensor, embed_scale: float) -> Tensor:
     """Gemma's factor, rounded to the rows' dtype first, as the original layer does."""
     return rows if embed_scale == 1.0 else rows * torch.tensor(embed_scale, dtype=rows.dtype, device=rows.device)
-
-
-def _register_packed_(layer: nn.Module, scheme: Scheme, shape: tuple[int, int], device: Any) -> None:
-    """Empty buffers of the right shapes and dtypes."""
-    spec = scheme.scale
-    rows, groups = spec.view(shape).scale_shape
-
-    def empty(*size: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(size, dtype=dtype, device=device)
-
-    layer.register_buffer("weight_packed", empty(shape[0], packed_width(shape[1], scheme.grid), dtype=torch.uint8))
-    stored = STORED_DTYPE[spec.dtype]
-    if spec.superblock is None:
-        layer.register_buffer("weight_scale", empty(rows, groups, dtype=stored))
-    else:
-        num_super = -(-shape[1] // spec.superblock)
-        layer.register_buffer("weight_super_scale", empty(rows, num_super, dtype=stored))
-        layer.register_buffer("weight_multipliers", empty(rows, groups, dtype=torch.uint8))
-    if isinstance(scheme.grid, Codebook):
-        layer.register_buffer("weight_codebook", torch.tensor(scheme.grid.codebook, device=device))
 
 
 class QuantizedLayer(nn.Module):
@@ -284,7 +273,8 @@ class QuantizedLayer(nn.Module):
         if owner is not None:
             self._owner = (owner,)
             return
-        _register_packed_(self, scheme, self.shape, device)
+        for key, value in empty_packed(scheme, self.shape, device).items():
+            self.register_buffer(key, value)
 
     @property
     def owner(self) -> QuantizedLayer:
@@ -341,6 +331,10 @@ class QuantizedLayer(nn.Module):
         """The dequantized weight in ``dtype``, ``(out_features, in_features)``."""
         return self.qtensor().dequantize(self.dtype)
 
+    def operand(self) -> Tensor:
+        """The weight as a linear layer multiplies it, see :meth:`QATLayer.operand`."""
+        return self.qtensor().dequantize(self.dtype, rotated=self.scheme.rotation.basis == "rotated")
+
     @property
     def weight(self) -> Tensor:
         """The dequantized weight; there is no latent one any more."""
@@ -360,7 +354,7 @@ class QuantizedLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input @ weight.T + bias``."""
-        return nn.functional.linear(quantize_input(self, input), self.quantized_weight(), self.bias)
+        return nn.functional.linear(quantize_input(self, input, self.scheme.rotation), self.operand(), self.bias)
 
     def extra_repr(self) -> str:
         """Shape and scheme."""

@@ -7,10 +7,14 @@ ternary row ``ceil(n / 5)``: byte value ``sum (code_i + 1) * 3**i``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fewbits.grids import AnyGrid, Ternary
+from fewbits.grids import AnyGrid, Codebook, Ternary
+from fewbits.numerics import STORED_DTYPE
+from fewbits.scheme import Scheme
 
 _TRITS = 5
 
@@ -85,3 +89,29 @@ def unpack_codes(packed: Tensor, width: int, grid: AnyGrid) -> Tensor:
     if packed.numel() and int(offset.max()) >= grid.num_levels:
         raise ValueError(f"packed codes hold {int(offset.max())}; {grid} has {grid.num_levels} levels")
     return (offset + grid.qmin).to(grid.code_dtype)
+
+
+def empty_packed(scheme: Scheme, shape: tuple[int, int], device: Any = None) -> dict[str, Tensor]:
+    """Buffers of a packed weight ``(out_features, in_features)`` by name, of the right shapes and dtypes, zeros.
+
+    Example:
+        >>> {key: tuple(value.shape) for key, value in empty_packed(Scheme.parse("W2G64"), (8, 128)).items()}
+        {'weight_packed': (8, 32), 'weight_scale': (8, 2)}
+    """
+    spec = scheme.scale
+    rows, groups = spec.view(shape).scale_shape
+
+    def empty(*size: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    found = {"weight_packed": empty(shape[0], packed_width(shape[1], scheme.grid), dtype=torch.uint8)}
+    stored = STORED_DTYPE[spec.dtype]
+    if spec.superblock is None:
+        found["weight_scale"] = empty(rows, groups, dtype=stored)
+    else:
+        num_super = -(-shape[1] // spec.superblock)
+        found["weight_super_scale"] = empty(rows, num_super, dtype=stored)
+        found["weight_multipliers"] = empty(rows, groups, dtype=torch.uint8)
+    if isinstance(scheme.grid, Codebook):
+        found["weight_codebook"] = torch.tensor(scheme.grid.codebook, device=device)
+    return found

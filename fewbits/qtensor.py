@@ -84,11 +84,14 @@ class QTensor:
         """Levels in steps, fp32, in the weight's shape (before the inverse rotation)."""
         return self.scheme.grid.decode(self.codes)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that trains and ships, computed in fp32 in the canonical order and cast to ``dtype``."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, *, rotated: bool = False) -> Tensor:
+        """The weight that trains and ships, computed in fp32 in the canonical order and cast to ``dtype``.
+
+        ``rotated`` leaves it in the basis in which it was rounded.
+        """
         view = self.scheme.scale.view(self.shape)
         x = view.merge(dequantize_levels(view.split(self.levels()), self.scale))
-        return self.scheme.rotation.invert(x).to(dtype)
+        return (x if rotated else self.scheme.rotation.invert(x)).to(dtype)
 
 
 def quantize(w: Tensor, scheme: Scheme, scale: Tensor | None = None) -> QTensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 RotationKind = Literal["none", "hadamard", "random_hadamard"]
+Basis = Literal["original", "rotated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,19 @@ class Rotation:
     A width that ``block_size`` does not divide uses the largest power of two that divides it. Butterflies of additions,
     not a matrix product, so that the result does not depend on batch shape, threads or BLAS.
 
+    A rotation stands around a quantizer, :math:`R^{-1} Q(R x)`: QuEST's "Hadamard" form. With ``basis="rotated"`` the
+    result of a product's operand stays rotated and the other operand is rotated too, :math:`y = Q(R x)\,Q(R w)^\top`:
+    its "HalfHadamard" form. R is orthonormal, so the two are one function up to rounding; in the second one both
+    operands of the product are levels times scales, at the price of rotating inputs at run time.
+
     Args:
         kind: ``none``, ``hadamard`` or ``random_hadamard``.
         block_size: power of two, 2..4096.
         seed: of the random signs.
+        basis: ``original`` rotates back after rounding; ``rotated`` does not, in the product of a linear layer.
+
+    Raises:
+        ValueError: for values out of range, or a basis without a rotation.
 
     Example:
         >>> spike = torch.eye(128)[:1]
@@ -36,8 +46,13 @@ class Rotation:
     kind: RotationKind = "none"
     block_size: int = 128
     seed: int = 0
+    basis: Basis = "original"
 
     def __post_init__(self) -> None:
+        if self.basis not in get_args(Basis):
+            raise ValueError(f"rotation basis={self.basis!r} is unknown; use one of {', '.join(get_args(Basis))}")
+        if self.basis == "rotated" and self.kind == "none":
+            raise ValueError("rotation basis='rotated' needs a rotation; use kind 'hadamard' or 'random_hadamard'")
         if self.kind not in get_args(RotationKind):
             raise ValueError(f"rotation {self.kind!r} is unknown; use one of {', '.join(get_args(RotationKind))}")
         n = self.block_size
@@ -74,9 +89,18 @@ class Rotation:
         x = _walsh_hadamard(x, self.block_for(x.shape[-1]))
         return x * self._signs(x.shape[-1], x) if self.kind == "random_hadamard" else x
 
+    def into_product(self, x: Tensor) -> Tensor:
+        """``x`` as a product takes it: rotated if the basis is, in float32 or wider and cast back, else as it is."""
+        if self.basis == "original":
+            return x
+        return self.apply(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data; the basis only where it is not the original one, so that older files are as they were."""
+        data = asdict(self)
+        if self.basis == "original":
+            del data["basis"]
+        return data
 
 
 def _walsh_hadamard(x: Tensor, block: int) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fewbits.activations.scheme import ActivationScheme
+from fewbits.activations.scheme import ActivationScheme, check_basis
 from fewbits.activations.text import read_spellings, split_scheme
 from fewbits.drives import Drive, drive_from_dict
 from fewbits.nn import QATLayer, QuantizedLayer
@@ -85,11 +85,24 @@ class Rule:
             )
         made_of = read_parametrization(self.parametrization, self.scheme, self.surrogate, self.drive)
         object.__setattr__(self, "parametrization", made_of)
+        self._check_basis()
         if self.pattern.startswith("re:"):
             try:
                 re.compile(self.pattern[3:])
             except re.error as error:
                 raise ValueError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+
+    def _check_basis(self) -> None:
+        """Operands that stay rotated: both of a product, and of hard quantizers only."""
+        rotation = self.scheme.rotation
+        check_basis(rotation, self.activation, name=f"rule {self.pattern!r}")
+        if self.kv_cache is not None and self.kv_cache.rotation.basis == "rotated":
+            raise ValueError("keys and values are rotated back after rounding; use rotation basis 'original' for them")
+        drive = self.drive
+        if rotation.basis == "original" or drive is None:
+            return
+        if drive.perturbs or type(drive).forward_weight is not Drive.forward_weight:
+            raise ValueError(f"drive {drive.name!r} changes the forward pass; it needs rotation basis 'original'")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; ``Rule(**data)`` is the inverse."""

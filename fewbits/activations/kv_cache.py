@@ -112,6 +112,8 @@ def quantize_kv_(model: nn.Module, schemes: Mapping[str, ActivationScheme]) -> N
             raise ValueError(f"{name!r} is no attention module whose keys and values can be quantized; known: {known}")
         if scheme.mode != "dynamic" or scheme.granularity != "token":
             raise ValueError(f"keys and values are quantized per head and token, dynamically; got {scheme.summary!r}")
+        if scheme.rotation.basis == "rotated":
+            raise ValueError("keys and values are rotated back after rounding; use rotation basis 'original' for them")
         scheme.check_width(int(getattr(modules[name], "head_dim", 2)), name=f"{name}: head_dim")
     current = str(config._attn_implementation)
     if not current.startswith(PREFIX):

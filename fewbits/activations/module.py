@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.activations.quantize import fake_quantize_activation
-from fewbits.activations.scheme import ActivationScheme
+from fewbits.activations.scheme import ActivationScheme, check_basis
+from fewbits.rotations import Rotation
+from fewbits.scheme import Scheme
 
 INPUT = "input_quantizer"
 """Name of the submodule of a layer."""
@@ -28,7 +30,7 @@ class InputQuantizer(nn.Module):
         device: of the stored numbers.
 
     Attributes:
-        enabled: False passes everything through (while calibrating).
+        enabled: False rounds nothing (while calibrating); an input that is to stay rotated is rotated all the same.
 
     Example:
         >>> quantizer = InputQuantizer(ActivationScheme(num_bits=2))
@@ -98,7 +100,7 @@ class InputQuantizer(nn.Module):
             ValueError: for a static scale that has never been set.
         """
         if not self.enabled:
-            return x
+            return self.scheme.rotation.into_product(x)
         stored = self.stored()
         return fake_quantize_activation(
             x, self.scheme, self.static_scale(), stored.get("offset"), stored.get("lengths")
@@ -162,15 +164,24 @@ class InputQuantizer(nn.Module):
 
 
 def add_input_quantizer_(layer: nn.Module, scheme: ActivationScheme | None, *, device: Any = None) -> None:
-    """Give a linear layer (not an embedding, whose inputs are tokens) a quantizer of its input, if asked for."""
+    """Give a linear layer (not an embedding, whose inputs are tokens) a quantizer of its input, if asked for.
+
+    Raises:
+        ValueError: if the input would not be in the basis of the layer's weight.
+    """
+    if scheme is not None and isinstance(weight := getattr(layer, "scheme", None), Scheme):
+        check_basis(weight.rotation, scheme, name=type(layer).__name__)
     if scheme is not None and not hasattr(layer, "num_embeddings"):
         layer.add_module(INPUT, InputQuantizer(scheme, device=device))
 
 
-def quantize_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """``x`` through the layer's input quantizer; ``x`` itself where it has none."""
+def quantize_input(layer: nn.Module, x: Tensor, rotation: Rotation) -> Tensor:
+    """``x`` as the layer multiplies it: through its input quantizer, and in the basis that the weight's rotation asks.
+
+    A quantizer rotates by itself (:func:`~fewbits.activations.scheme.check_basis`); without one nothing is rounded.
+    """
     quantizer = layer._modules.get(INPUT)
-    return x if quantizer is None else quantizer(x)
+    return rotation.into_product(x) if quantizer is None else quantizer(x)
 
 
 def input_quantizer(layer: nn.Module) -> InputQuantizer | None:

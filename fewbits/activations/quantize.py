@@ -165,7 +165,8 @@ def fake_quantize_activation(
         lengths: of a scheme with learned thresholds, ``(num_levels - 1,)`` in steps.
 
     Returns:
-        :math:`\hat x`, shape and dtype of ``x``; differentiable in everything that is static.
+        :math:`\hat x`, shape and dtype of ``x``, still rotated if the rotation's basis is; differentiable in
+        everything that is static.
 
     Raises:
         ValueError: if the static numbers given are not those that the scheme needs.
@@ -190,4 +191,4 @@ def fake_quantize_activation(
         out = _FakeQuantize.apply(rotated, scale, offset, zero, scheme)
     else:
         out = learned_thresholds(rotated, scale, lengths, scheme.levels[0])
-    return scheme.rotation.invert(out).to(x.dtype)
+    return (out if scheme.rotation.basis == "rotated" else scheme.rotation.invert(out)).to(x.dtype)

@@ -47,7 +47,8 @@ class ActivationScheme:
         gradient: what the gradient of x passes: ``ste`` everything; ``clip`` what lies between the outermost levels;
             ``trust`` what is at most half a step beyond them (QuEST, arXiv:2502.05003; at one bit up to 1.3 s, without
             a rotation 1.25 s).
-        rotation: transform of the last axis around the quantizer.
+        rotation: transform of the last axis around the quantizer; with ``basis="rotated"`` the result stays rotated,
+            which needs the same rotation of the weight.
         learned: whether static numbers are trained.
         parameter: what is trained: ``scale``, ``log_scale`` (always positive) or ``clip``, the largest level times the
             scale (PACT's alpha).
@@ -162,6 +163,7 @@ class ActivationScheme:
         parts += [] if self.symmetric else ["offset"]
         parts += ["learned thresholds"] if self.thresholds == "learned" else []
         parts += [self.rotation.kind] if self.rotation.kind != "none" else []
+        parts += ["left rotated"] if self.rotation.basis == "rotated" else []
         return ", ".join(parts)
 
     def check_width(self, width: int, *, name: str = "input") -> None:
@@ -184,7 +186,7 @@ class ActivationScheme:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every field."""
-        return asdict(self)
+        return {**asdict(self), "rotation": self.rotation.to_dict()}
 
     @classmethod
     def parse(cls, value: str | Mapping[str, Any] | ActivationScheme | None) -> ActivationScheme | None:
@@ -217,6 +219,29 @@ class ActivationScheme:
         if "num_bits" not in data:
             raise ValueError("an activation scheme needs num_bits")
         return None if data["num_bits"] == 16 else cls(**data)
+
+
+def check_basis(weight: Rotation, scheme: ActivationScheme | None, *, name: str = "the rule") -> None:
+    """Both operands of a product are in one basis, or neither stays rotated.
+
+    Args:
+        weight: rotation of the weight.
+        scheme: of the input; None (full precision) is rotated as the weight needs it.
+        name: for the message.
+
+    Raises:
+        ValueError: if one operand would stay rotated and the other is not rotated in the same way.
+
+    Example:
+        >>> check_basis(Rotation(), ActivationScheme(num_bits=8))
+    """
+    if scheme is None or "rotated" not in (weight.basis, scheme.rotation.basis) or weight == scheme.rotation:
+        return
+    raise ValueError(
+        f"{name}: the weight's rotation is {weight.to_dict()} and the input's {scheme.rotation.to_dict()}; with "
+        "basis='rotated' both must be the same, options: {rotation: {kind: hadamard, basis: rotated}} and activation: "
+        "{.., rotation: {kind: hadamard, basis: rotated}}"
+    )
 
 
 _STATIC = {"mode": "static", "granularity": "tensor", "gradient": "clip"}

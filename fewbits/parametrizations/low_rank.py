@@ -89,13 +89,16 @@ class LowRank:
         """Refuse what moves or reads a full trained weight.
 
         Raises:
-            ValueError: for dynamic scales, a drive, or a gain that is applied to the optimizer's step.
+            ValueError: for dynamic scales, a weight that stays rotated, a drive, or a gain that is applied to the
+                optimizer's step.
         """
         if scheme.scale.mode == "dynamic":
             raise ValueError(
                 "parametrization low_rank divides by the scale once, so the scale cannot be found anew at every step; "
                 "use mode 'learned' or 'frozen'"
             )
+        if scheme.rotation.basis == "rotated":
+            raise ValueError("parametrization low_rank rotates its result back; it needs rotation basis 'original'")
         if drive is not None and not isinstance(drive, NoDrive):
             raise ValueError(
                 f"drive {drive.name!r} moves the full latent weight, which low_rank keeps frozen; drop one of the two"

@@ -47,7 +47,7 @@ class RuntimeLayer(nn.Module):
 class RuntimeLinear(RuntimeLayer):
     r"""``input @ weight.T + bias`` from packed codes, in fp32 whatever the dtype of the input.
 
-    A rotated weight :math:`R^{-1}(s \ell)` is applied as :math:`(s \ell) \cdot R x`. Against
+    A rotated weight :math:`R^{-1}(s \ell)` is applied as :math:`(s \ell) \cdot R x`, in either basis. Against
     :class:`~fewbits.nn.QuantizedLinear` the result differs by at most
     :func:`~fewbits.runtime.packed.rounding_bound` (times :math:`\sum |x \hat w|`) in an fp32 model; in a bf16 or fp16
     model the kernels keep the fp32 weight that ``QuantizedLinear`` rounds to the model's dtype, and round once at the
@@ -90,8 +90,9 @@ class RuntimeLinear(RuntimeLayer):
             raise ValueError(
                 f"input is {tuple(input.shape)} on {input.device}; (.., {self.in_features}) on the CPU is needed"
             )
-        x = quantize_input(self, input.detach()).reshape(-1, self.in_features).float()
-        y = self.packed.linear(self.packed.scheme.rotation.apply(x), self.num_threads)
+        rotation = self.packed.scheme.rotation
+        x = quantize_input(self, input.detach(), rotation).reshape(-1, self.in_features).float()
+        y = self.packed.linear(x if rotation.basis == "rotated" else rotation.apply(x), self.num_threads)
         if self.bias is not None:
             y += self.bias.detach().float()
         return y.view(*input.shape[:-1], self.out_features).to(input.dtype)

@@ -20,6 +20,11 @@ from fewbits.scheme import Scheme
 from fewbits.targets.engine import EngineCheck
 
 Layer = QATLayer | QuantizedLayer
+ROTATED_INPUTS = (
+    "inputs are rotated at run time, for which plain weights leave no place (a weight rotated back gives equal logits "
+    "up to rounding only); use target 'hf', or train with rotation basis 'original'"
+)
+"""Why a format without fewbits' own layers cannot hold a weight that stays rotated."""
 
 
 class Target(Protocol):

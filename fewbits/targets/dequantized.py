@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.nn import QATLayer
 from fewbits.scheme import Scheme
 from fewbits.targets.base import (
+    ROTATED_INPUTS,
     Layer,
     drop_ties,
     load_whole,
@@ -66,7 +67,9 @@ class Dequantized:
         return DTYPES[self.dtype]
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
-        """None unless the scheme does not fit the shape at all; the codes are gone, the values are there."""
+        """None unless inputs are rotated at run time, or the scheme does not fit the shape; the values are there."""
+        if scheme.rotation.basis == "rotated":
+            return ROTATED_INPUTS
         try:
             scheme.check_shape(shape)
         except ValueError as error:

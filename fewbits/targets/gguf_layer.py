@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fewbits.numerics import FP16_MIN_NORMAL, is_representable
 from fewbits.qtensor import QTensor, quantize
 from fewbits.scheme import Scheme
+from fewbits.targets.base import ROTATED_INPUTS
 from fewbits.targets.gguf_codec import PACK
 from fewbits.targets.gguf_file import GGUFTensor
 from fewbits.targets.gguf_plan import Plan, choose_type, plan
@@ -56,6 +57,8 @@ def choose_layer_type(scheme: Scheme, shape: tuple[int, int], name: str | None) 
     """
     scheme.check_shape(shape)
     in_features, spec = shape[1], scheme.scale
+    if scheme.rotation.basis == "rotated":
+        raise ValueError(ROTATED_INPUTS)
     if name is not None and gguf_type(name).codes is None:
         return gguf_type(name).name, "dequantized weights"
     if scheme.rotation.kind != "none":

@@ -72,11 +72,14 @@ def at_quantized_weights(layers: Mapping[str, QATLayer], model: nn.Module) -> It
     patched = [layer for _, layer in qat_layers(model) if id(layer.owner) in by_owner]
     try:
         for layer in patched:
-            layer.__dict__["quantized_weight"] = partial(_the_leaf, by_owner[id(layer.owner)])
+            leaf = by_owner[id(layer.owner)]
+            layer.__dict__["quantized_weight"] = partial(_the_leaf, leaf)
+            layer.__dict__["operand"] = partial(layer.scheme.rotation.into_product, leaf)
         yield leaves
     finally:
         for layer in patched:
-            layer.__dict__.pop("quantized_weight", None)
+            for method in ("quantized_weight", "operand"):
+                layer.__dict__.pop(method, None)
 
 
 def _the_leaf(leaf: Tensor) -> Tensor:
