@@ -152,7 +152,7 @@ def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:
     Returns:
         fp32 ``(R, G)``, :func:`~fewbits.qtensor.initial_scale` bit for bit. Its derivative is that of the rule, s times
         :math:`\mathrm{sign}(w)/\max|w|` at the largest weight (``absmax*``), :math:`\mathrm{sign}(w)/\sum|w|`
-        (``absmean``) or :math:`w/\sum w^2` (``rms``, ``gaussian``); 0 for a group of zeros.
+        (``absmean``) or :math:`w/\sum w^2` (``rms``, ``gaussian``), with or without ``block_``; 0 for a group of zeros.
 
     Raises:
         ValueError: for the rule ``mse``.
@@ -170,9 +170,10 @@ def scale_as_function(w: Tensor, scheme: Scheme) -> Tensor:
             "rule 'mse' is a line search without a closed derivative; use absmax, absmean, rms or gaussian"
         )
     x = spec.view(w.shape).split(scheme.rotation.apply(w.float()))
-    if spec.rule.startswith("absmax"):
+    kind = spec.rule.removeprefix("block_")
+    if kind.startswith("absmax"):
         size = x.abs().amax(-1)
-    elif spec.rule == "absmean":
+    elif kind == "absmean":
         size = x.abs().sum(-1)
     else:
         size = x.square().sum(-1).clamp_min(1e-38).sqrt()

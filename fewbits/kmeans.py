@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewbits.grids import MAX_BITS, Codebook
-from fewbits.scales import ScaleSpec, stored_scale
+from fewbits.scales import ScaleSpec, block_size, stored_scale
 
 FIRST_SAMPLE = 2**16
 """Values in the sample that seeds the levels; it then doubles until it holds all."""
@@ -179,7 +179,8 @@ def block_scale(w: Tensor, spec: ScaleSpec) -> Tensor:
     """The size of every block by which k-means normalises: the largest, mean or root mean square magnitude.
 
     Unlike :func:`fewbits.scales.find_scale` this knows no grid: the rules ``absmax*`` mean max abs(w), ``absmean`` mean
-    abs(w), all others the rms. Pass it as the raw scale that belongs to a codebook of :func:`fit_codebook`.
+    abs(w), all others the rms. Pass it as the raw scale that belongs to a codebook of :func:`fit_codebook`; with the
+    rules ``block_*`` it is what :func:`~fewbits.scales.find_scale` gives, so that scales may be dynamic.
 
     Args:
         w: ``(out_features, in_features)``.
@@ -194,12 +195,7 @@ def block_scale(w: Tensor, spec: ScaleSpec) -> Tensor:
     """
     view = spec.view(w.shape)
     x = view.split(w.detach().float())
-    counts = view.counts().to(x.device)
-    if spec.rule.startswith("absmax"):
-        return x.abs().amax(-1)
-    if spec.rule == "absmean":
-        return x.abs().sum(-1) / counts
-    return (x.square().sum(-1) / counts).sqrt()
+    return block_size(x, view.counts().to(x.device), spec.rule)
 
 
 def fit_codebook(

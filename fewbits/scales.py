@@ -19,8 +19,13 @@ from fewbits.grids import AnyGrid, Binary, HalfShifted, Ternary
 from fewbits.numerics import SCALE_DTYPES, ScaleDtype, round_scale
 
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token"]
-ScaleRule = Literal["absmax", "absmax_cover", "absmax_qmax", "absmean", "mse", "gaussian", "rms"]
+ScaleRule = Literal[
+    "absmax", "absmax_cover", "absmax_qmax", "absmean", "mse", "gaussian", "rms",
+    "block_absmax", "block_absmean", "block_rms",
+]  # fmt: skip
 ScaleMode = Literal["learned", "dynamic", "frozen"]
+GRID_FREE_RULES: tuple[ScaleRule, ...] = ("block_absmax", "block_absmean", "block_rms")
+"""Sizes of the group itself, whatever the grid: the units of a codebook that is fitted to the normalized weights."""
 _LINE_SEARCH_POINTS = 48
 _SEARCH_LOW, _SEARCH_HIGH = 0.3, 3.5
 
@@ -193,6 +198,46 @@ def gaussian_step(grid: AnyGrid) -> float:
     return math.exp(float(found.x))
 
 
+@functools.lru_cache(maxsize=64)
+def gaussian_size(rule: str, count: int) -> float:
+    r"""What :func:`block_size` expects of ``count`` weights from N(0, 1): for ``absmax`` :math:`\int_0^\infty 1 -
+    \mathrm{erf}(t/\sqrt2)^n dt`, for ``absmean`` :math:`\sqrt{2/\pi}`, for ``rms`` 1 (its root mean square).
+
+    Example:
+        >>> round(gaussian_size("block_absmax", 64), 3), round(gaussian_size("block_absmean", 64), 3)
+        (2.596, 0.798)
+    """
+    kind = rule.removeprefix("block_")
+    if kind.startswith("absmax"):
+        t = torch.linspace(0, 12, 12_001, dtype=torch.float64)
+        return float(torch.trapezoid(1 - torch.erf(t / math.sqrt(2)) ** count, t))
+    return math.sqrt(2 / math.pi) if kind == "absmean" else 1.0
+
+
+def block_size(x: Tensor, counts: Tensor, rule: str) -> Tensor:
+    """The size of every group that a rule is about: its largest, mean or root mean square magnitude.
+
+    Args:
+        x: ``(R, G, size)``, padded with zeros.
+        counts: weights in each group, ``(G,)``.
+        rule: of :class:`ScaleSpec`; ``absmax*`` is the largest magnitude, ``absmean`` the mean one, all others are rms,
+            with or without ``block_`` before them.
+
+    Returns:
+        ``(R, G)``, units of ``x``, >= 0.
+
+    Example:
+        >>> block_size(torch.tensor([[[3.0, -4.0, 0.0]]]), torch.tensor([2]), "block_absmean")
+        tensor([[3.5000]])
+    """
+    kind = rule.removeprefix("block_")
+    if kind.startswith("absmax"):
+        return x.abs().amax(-1)
+    if kind == "absmean":
+        return x.abs().sum(-1) / counts
+    return (x.square().sum(-1) / counts).sqrt()
+
+
 def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
     r"""The scale of every group by the spec's rule, not yet rounded to the stored dtype.
 
@@ -205,6 +250,7 @@ def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
                      least-squares refinements, best kept
     ``gaussian``     rms times the MSE-optimal scale of N(0, 1) for this grid
     ``rms``          rms times QuEST's S_b (binary, ternary and half-shifted grids; arXiv:2502.05003)
+    ``block_*``      :math:`\max|w|`, :math:`E|w|` or :math:`\sqrt{E w^2}` itself, for codebooks (arXiv:2602.15563)
     ============== ====================================================================================
 
     Args:
@@ -222,6 +268,8 @@ def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
     x = view.split(w.detach().float())
     counts = view.counts().to(x.device)
     low, high = grid.level_edge
+    if spec.rule in GRID_FREE_RULES:
+        return block_size(x, counts, spec.rule)
     if spec.rule.startswith("absmax"):
         divisor = {
             "absmax": (high - low) / 2,
@@ -230,15 +278,15 @@ def find_scale(w: Tensor, grid: AnyGrid, spec: ScaleSpec) -> Tensor:
         }[spec.rule]
         if divisor <= 0:
             raise ValueError(f"rule {spec.rule!r} has no positive level in {grid}; use 'mse'")
-        return x.abs().amax(-1) / divisor
+        return block_size(x, counts, spec.rule) / divisor
     if spec.rule == "absmean":
-        mean = x.abs().sum(-1) / counts
+        mean = block_size(x, counts, spec.rule)
         if isinstance(grid, Binary | Ternary):
             return mean
         if high <= 0:
             raise ValueError(f"rule 'absmean' has no positive level in {grid}; use 'mse'")
         return 2 * mean / math.sqrt(high)
-    rms = (x.square().sum(-1) / counts).sqrt()
+    rms = block_size(x, counts, spec.rule)
     if spec.rule == "rms":
         if not isinstance(grid, Binary | Ternary | HalfShifted):
             raise ValueError(f"rule 'rms' is QuEST's centred grid; {grid} is not centred, use 'gaussian'")

@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary, grid_from_dict
 from fewbits.rotations import Rotation
-from fewbits.scales import ScaleSpec
+from fewbits.scales import GRID_FREE_RULES, ScaleSpec, gaussian_size
 
 _PATTERN = re.compile(r"^W(?P<bits>1\.58|[1-8])(?P<letter>[HK]?)(A(?P<act>\d+))?(G(?P<group>-1|\d+))?$")
+_ASSUMED_WIDTH = 1024
+"""Weights in a row, where the units of a codebook that is not fitted yet depend on it."""
 _SCALE_BITS = {"portable": 16, "fp16": 16, "bf16": 16, "fp32": 32}
 
 
@@ -44,6 +48,12 @@ class Scheme:
             raise ValueError(f"grid must be a grid of fewbits.grids, got {self.grid!r}")
         if self.scale.rule == "rms" and isinstance(self.grid, Int | Codebook):
             raise ValueError(f"scale rule 'rms' needs a centred grid, not {self.grid.kind!r}; use rule 'gaussian'")
+        if self.scale.rule in GRID_FREE_RULES and not isinstance(self.grid, Codebook):
+            rule = self.scale.rule
+            raise ValueError(
+                f"scale rule {rule!r} is the size of a block, the unit of a codebook; the {self.grid.kind} grid has a "
+                f"step of its own: use rule {rule.removeprefix('block_')!r}, or a codebook such as W2KG64"
+            )
         if self.scale.rule in ("absmax_qmax", "absmean") and self.grid.max_level <= 0:
             raise ValueError(f"scale rule {self.scale.rule!r} needs a positive level; {self.grid} has none")
 
@@ -52,8 +62,8 @@ class Scheme:
         """Read ``W<bits>[H|K][A16][G<size>]``, the spelling of compressed-tensors and auto-round.
 
         ``W1`` is binary, ``W1.58`` ternary, ``W2`` to ``W8`` integers; the letter ``H`` asks for the half-shifted grid
-        (SEQ, QuEST) and ``K`` for the Lloyd-Max codebook of a Gaussian. Without ``G`` (or with ``G-1``) there is one
-        scale per output channel.
+        (SEQ, QuEST) and ``K`` for the Lloyd-Max codebook of a Gaussian, in units of its expected block where the scale
+        rule is ``block_*``. Without ``G`` (or with ``G-1``) there is one scale per output channel.
 
         Args:
             text: for example ``W2A16G64``.
@@ -79,12 +89,17 @@ class Scheme:
         group = int(match["group"] or -1)
         fields: dict[str, Any] = {} if group < 0 else {"granularity": "per_group", "group_size": group}
         rotation = overrides.pop("rotation", Rotation())
-        grid = overrides.pop("grid", grid)
+        given = overrides.pop("grid", None)
+        grid = grid if given is None else given
         unknown = sorted(set(overrides) - set(ScaleSpec.__dataclass_fields__))
         if unknown:
             known = [*ScaleSpec.__dataclass_fields__, "grid", "rotation"]
             raise ValueError(f"unknown scheme option {unknown[0]!r}; known options: {', '.join(known)}")
-        return cls(grid=grid, scale=ScaleSpec(**{**fields, **overrides}), rotation=rotation)
+        scale = ScaleSpec(**{**fields, **overrides})
+        if given is None and isinstance(grid, Codebook) and scale.rule in GRID_FREE_RULES:
+            size = gaussian_size(scale.rule, scale.group_size or _ASSUMED_WIDTH)
+            grid = Codebook(tuple((torch.tensor(grid.levels) / size).tolist()))
+        return cls(grid=grid, scale=scale, rotation=rotation)
 
     @property
     def name(self) -> str:

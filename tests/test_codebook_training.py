@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from fewbits import Rule, prepare
 from fewbits.data import TokenBlocks
+from fewbits.numerics import round_scale
 from fewbits.optim.codebooks import CodebookFit, refit_codebooks_
 from fewbits.pipeline import run
+from fewbits.qtensor import quantize
 from fewbits.recipe import Recipe
 from fewbits.scheme import Scheme
 from fewbits.testing.tiny import tiny_llama, toy_text
@@ -40,7 +43,9 @@ class Watch(TrainerCallback):
         self.seen.append((layers[0][1].fake_quant_enabled, {n: x.scheme.grid.levels for n, x in layers}))
 
 
-def trainer(folder: Path, fit: CodebookFit | None, *, scheme: str = "W2KG32", **more: Any) -> tuple[QATTrainer, Watch]:
+def trainer(
+    folder: Path, fit: CodebookFit | None, *, scheme: str | Scheme = "W2KG32", **more: Any
+) -> tuple[QATTrainer, Watch]:
     model = tiny_llama()
     teacher = copy.deepcopy(model)
     prepare(model, Rule(scheme=scheme))
@@ -131,6 +136,109 @@ def test_resume_is_bit_identical(tmp_path: Path, fit: CodebookFit) -> None:
         assert torch.equal(a, b), name
 
 
+# 1-Bit Wonder's own block scales, which follow the weights ---------------------------------------------------------
+
+
+def published(w: Tensor, levels: tuple[float, ...], rule: str, block: int) -> Tensor:
+    """The paper's forward pass, block by block; only the scale is rounded as the file holds it."""
+    size = {
+        "absmax": lambda b: b.abs().max(),
+        "absmean": lambda b: b.abs().mean(),
+        "rms": lambda b: b.square().mean().sqrt(),
+    }
+    c = torch.tensor(levels)
+    middle = (c[1:] + c[:-1]) / 2
+    out = torch.empty_like(w)
+    for i in range(len(w)):
+        for j in range(0, w.shape[1], block):
+            part = w[i, j : j + block]
+            s = round_scale(size[rule](part), "portable")
+            out[i, j : j + block] = s * c[torch.bucketize(part / s, middle)]
+    return out
+
+
+@pytest.mark.parametrize("rule", ["absmax", "absmean", "rms"])
+def test_dynamic_block_scales_are_the_published_quantizer_with_the_identity_as_gradient(rule: str) -> None:
+    model = prepare(
+        nn.Sequential(nn.Linear(96, 12)), Rule(scheme=Scheme.parse("W2KG32", rule=f"block_{rule}", mode="dynamic"))
+    )
+    refit_codebooks_(model)
+    layer = model[0]
+    levels = layer.scheme.grid.levels
+    for _ in range(3):  # the scale follows whatever the weights do
+        w = layer.weight.detach()
+        quantized = layer.quantized_weight()
+        torch.testing.assert_close(quantized, published(w, levels, rule, 32), rtol=2e-7, atol=0)
+        assert torch.equal(quantized, layer.qtensor().dequantize())
+        upstream = torch.randn_like(w)
+        (grad,) = torch.autograd.grad(quantized, layer.weight, upstream)
+        assert torch.equal(grad, upstream)
+        with torch.no_grad():
+            layer.weight.mul_(torch.rand(12, 96) + 0.5)
+    assert layer.scheme.grid.levels == levels
+
+
+def test_scales_are_homogeneous_and_codes_do_not_depend_on_the_size_of_a_block() -> None:
+    scheme = Scheme.parse("W2KG32", rule="block_absmax", mode="dynamic")
+    w = torch.randn(4, 64)
+    factor = torch.tensor([1.0, 0.5, 8.0, 0.25])[:, None]
+    assert torch.equal(quantize(w, scheme).codes, quantize(w * factor, scheme).codes)
+    assert torch.equal(quantize(w * factor, scheme).dequantize(), quantize(w, scheme).dequantize() * factor)
+
+
+def test_warm_up_fit_freeze_and_refits_with_dynamic_scales(tmp_path: Path) -> None:
+    scheme = Scheme.parse("W2KG32", rule="block_absmax", mode="dynamic")
+    made, watch = trainer(tmp_path, CodebookFit(step=2), scheme=scheme, learning_rate=1e-2)
+    assert not [name for name, _ in made.model.named_parameters() if name.endswith("weight_scale")]
+    sizes = {name: layer.raw_scale() for name, layer in codebook_layers(made.model)}
+    made.train()
+    switches, levels = zip(*watch.seen, strict=True)
+    assert switches == (False, True, True, True, True, True)
+    assert levels[0] != levels[1] == levels[5]  # fitted once, frozen
+    for name, layer in codebook_layers(made.model):
+        w = layer.latent().detach()
+        assert torch.equal(layer.raw_scale(), w.view(len(w), -1, 32).abs().amax(-1))
+        assert not torch.equal(layer.raw_scale(), sizes[name])
+        assert torch.equal(layer.quantized_weight(), layer.qtensor().dequantize())
+    made, watch = trainer(
+        tmp_path, CodebookFit(step=1, refit_interval=2, fisher=True), scheme=scheme, learning_rate=1e-2
+    )
+    made.train()
+    levels = [seen[1] for seen in watch.seen]
+    assert levels[0] == levels[1] != levels[2] == levels[3] != levels[4] == levels[5]
+
+
+def test_resume_with_dynamic_block_scales_is_bit_identical(tmp_path: Path) -> None:
+    scheme, fit = Scheme.parse("W1KG32", rule="block_absmean", mode="dynamic"), CodebookFit(step=1, refit_interval=4)
+    whole, watch = trainer(tmp_path / "whole", fit, scheme=scheme)
+    whole.train()
+    first, _ = trainer(tmp_path / "parts", fit, scheme=scheme, save_strategy="steps", save_steps=3)
+    first.train()
+    second, resumed = trainer(tmp_path / "parts", fit, scheme=scheme, save_strategy="steps", save_steps=3)
+    second.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    assert resumed.seen == watch.seen[3:]
+    for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_dynamic_scales_that_know_the_levels_are_refused() -> None:
+    model = prepare(nn.Sequential(nn.Linear(64, 4)), Rule(scheme=Scheme.parse("W2KG32", rule="absmax", mode="dynamic")))
+    with pytest.raises(ValueError, match=r"'absmax', which depend on the levels; .* block_absmax"):
+        refit_codebooks_(model)
+    with pytest.raises(ValueError, match=r"'block_rms' is the size of a block.* use rule 'rms', or a codebook"):
+        Scheme.parse("W2HG32", rule="block_rms")
+
+
+def test_a_codebook_that_is_not_fitted_yet_is_in_units_of_the_rule() -> None:
+    w = torch.randn(256, 256)
+    errors = {}
+    for rule in ("block_absmax", "block_absmean", "block_rms"):
+        q = quantize(w, Scheme.parse("W2KG64", rule=rule))
+        errors[rule] = ((q.dequantize() - w).square().mean() / w.square().mean()).item()
+    # methods.md 1 (d): .1179 and .1159 for fitted ones
+    assert errors == pytest.approx({"block_absmax": 0.118, "block_absmean": 0.116, "block_rms": 0.116}, rel=0.02)
+
+
 def test_damaged_codebooks_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
     model = prepare(tiny_llama(), Rule(scheme="W2KG32"))
     callback = CodebookCallback(CodebookFit())
@@ -169,17 +277,19 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         Recipe.parse("codebooks: {fit_step: 3}")
 
 
-def test_a_recipe_fits_codebooks_and_the_file_holds_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["{rule: absmax}", "{rule: block_absmax, mode: dynamic}"])
+def test_a_recipe_fits_codebooks_and_the_file_holds_them(options: str, tmp_path: Path) -> None:
     from fewbits.convert import convert
+    from fewbits.export import export_verified
     from fewbits.pipeline import load_any
 
     recipe = Recipe.parse(
-        """
+        f"""
         model: embedded
-        rules: [{scheme: W2KG64, options: {rule: absmax}}]
-        codebooks: {step: 2}
-        data: {block_size: 32, eval_tokens: 256, max_tokens: 2048}
-        train: {max_steps: 3, batch_size: 2, warmup_steps: 0}
+        rules: [{{scheme: W2KG64, options: {options}}}]
+        codebooks: {{step: 2}}
+        data: {{block_size: 32, eval_tokens: 256, max_tokens: 2048}}
+        train: {{max_steps: 3, batch_size: 2, warmup_steps: 0}}
         seed: 0
         """
     )
@@ -192,4 +302,8 @@ def test_a_recipe_fits_codebooks_and_the_file_holds_them(tmp_path: Path) -> None
     tokens = torch.arange(24).view(1, -1)
     fake = result.model(tokens).logits
     assert torch.equal(loaded(tokens).logits, fake)
+    where, report = export_verified(tmp_path / "run", "hf")
+    assert report.passed, report.to_text()
+    packed, _ = load_any(where)
+    assert torch.equal(packed(tokens).logits, fake)
     assert torch.equal(convert(result.model)(tokens).logits, fake)

@@ -18,6 +18,7 @@ from fewbits.qtensor import quantize
 from fewbits.rotations import Rotation
 from fewbits.scales import ScaleSpec, stored_scale
 from fewbits.scheme import Scheme
+from fewbits.testing.oracles import best_levels
 
 BLOCKS = ScaleSpec(granularity="per_group", group_size=64, rule="absmax", dtype="fp32")
 LLOYD_MAX = {  # methods.md 1 (b): positive levels and distortion on N(0, 1)
@@ -95,6 +96,24 @@ def test_any_data_gives_ascending_levels_within_its_range(values: list[float], n
     uniform = torch.linspace(x.min().item(), x.max().item(), num_levels, dtype=torch.float64)
     sample = SortedSample.of(x)
     assert distortion(x, lloyd(sample, uniform)) <= distortion(x, uniform) + 1e-9
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_against_the_global_minimum_of_dynamic_programming(weighted: bool) -> None:
+    """Never below it, mostly at it, and it is a fixed point of ours."""
+    found = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(20, generator=generator).double()
+        h = torch.rand(20, generator=generator).double() + 0.05 if weighted else torch.ones(20).double()
+        num_levels = 2 + seed % 3
+        levels, lowest = best_levels(x.tolist(), num_levels, h.tolist())
+        ours = distortion(x, kmeans_levels(x, num_levels, weights=h), h) * h.sum().item()
+        assert ours >= lowest * (1 - 1e-12)
+        found.append(ours <= lowest * (1 + 1e-9))
+        best = torch.tensor(levels, dtype=torch.float64)
+        torch.testing.assert_close(lloyd(SortedSample.of(x, h), best), best, rtol=0, atol=1e-12)
+    assert sum(found) >= 36  # 8 seedings of a method that knows local minima only
 
 
 def test_as_many_values_as_levels_are_kept() -> None:

@@ -16,7 +16,7 @@ from fewbits.grids import AnyGrid, Binary, HalfShifted, Int, Ternary
 from fewbits.qtensor import initial_scale
 from fewbits.recipe import Recipe
 from fewbits.rotations import Rotation
-from fewbits.scales import ScaleSpec
+from fewbits.scales import GRID_FREE_RULES, ScaleSpec
 from fewbits.scheme import Scheme
 from fewbits.surrogates import ClippedSTE, JacQuant
 from fewbits.testing.tiny import tiny_llama
@@ -72,6 +72,16 @@ def central_difference(function: Any, w: Tensor, h: float) -> Tensor:
 @pytest.mark.parametrize("text", ["W1.58A16", "W2HA16", "W2HA16G32"])
 @pytest.mark.parametrize("rotation", [Rotation(), Rotation(kind="hadamard", block_size=4)], ids=["plain", "rotated"])
 def test_it_is_the_rule_and_its_derivative(rule: Any, text: str, rotation: Rotation) -> None:
+    check_derivative(rule, text, rotation)
+
+
+@pytest.mark.parametrize("rule", GRID_FREE_RULES)
+@pytest.mark.parametrize("rotation", [Rotation(), Rotation(kind="hadamard", block_size=4)], ids=["plain", "rotated"])
+def test_the_size_of_a_block_and_its_derivative(rule: Any, rotation: Rotation) -> None:
+    check_derivative(rule, "W2KA16G32", rotation)
+
+
+def check_derivative(rule: Any, text: str, rotation: Rotation) -> None:
     scheme = Scheme.parse(text, rule=rule, dtype="fp32", mode="dynamic", rotation=rotation)
     x = torch.randn(3, 80).sign() * (0.2 + torch.rand(3, 80))  # no entry may cross 0 below
     x[:, ::16] *= 1.5  # and the largest one stays the largest

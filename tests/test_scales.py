@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
 from fewbits.numerics import SCALE_DTYPES, STORED_DTYPE, is_representable, round_scale, sqnr_db
 from fewbits.scales import (
+    GRID_FREE_RULES,
     QUEST_S,
     GroupView,
     ScaleRule,
     ScaleSpec,
+    block_size,
     combine,
     double_quantize,
     find_scale,
+    gaussian_size,
     gaussian_step,
     stored_scale,
 )
@@ -39,9 +42,11 @@ GRIDS: list[AnyGrid] = [
     Codebook((-3.0, -1.0, 1.0, 7.0)),
 ]
 RULES = get_args(ScaleRule)
-REFUSED = {("rms", g) for g in GRIDS if isinstance(g, Int | Codebook)} | {
-    (rule, Int(1)) for rule in ("absmax_qmax", "absmean")
-}
+REFUSED = (
+    {("rms", g) for g in GRIDS if isinstance(g, Int | Codebook)}
+    | {(rule, Int(1)) for rule in ("absmax_qmax", "absmean")}
+    | {(rule, g) for rule in GRID_FREE_RULES for g in GRIDS if not isinstance(g, Codebook)}
+)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -110,10 +115,36 @@ MEAN, RMS = 0.7025, 0.9433584
         ("rms", HalfShifted(2), 2 * 1.408938 / 3),
         ("rms", HalfShifted(4), 2 * 2.371537 / 15),
         ("gaussian", Int(2), RMS * 1.0484),
+        ("block_absmax", Codebook((-3.0, -1.0, 1.0, 7.0)), 2.0),
+        ("block_absmean", Codebook((-3.0, -1.0, 1.0, 7.0)), MEAN),
+        ("block_rms", Codebook((-3.0, -1.0, 1.0, 7.0)), RMS),
     ],
 )
 def test_rules_on_the_golden_vector(rule: ScaleRule, grid: AnyGrid, expected: float) -> None:
     assert find_scale(W, grid, ScaleSpec(rule=rule)).item() == pytest.approx(expected, rel=5e-5)
+
+
+@pytest.mark.parametrize("rule", GRID_FREE_RULES)
+def test_the_size_of_a_block_knows_no_grid(rule: ScaleRule) -> None:
+    spec = ScaleSpec(granularity="per_group", group_size=32, rule=rule)
+    w = torch.randn(8, 80)  # the last group is short: its padding must not count
+    by_hand = {
+        "block_absmax": lambda x: x.abs().amax(1),
+        "block_absmean": lambda x: x.abs().sum(1) / x.shape[1],
+        "block_rms": lambda x: x.square().sum(1).div(x.shape[1]).sqrt(),
+    }[rule]
+    expected = torch.stack([by_hand(part) for part in w.split(32, 1)], 1)
+    for grid in (Codebook.lloyd_max(4), Codebook((-3.0, -1.0, 1.0, 7.0)), Codebook((-2.0, -1.0))):
+        torch.testing.assert_close(find_scale(w, grid, spec), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("count", [64, 256])
+@pytest.mark.parametrize("rule", GRID_FREE_RULES)
+def test_expected_size_of_a_gaussian_block(rule: ScaleRule, count: int) -> None:
+    w = torch.randn(20_000, count)
+    size = block_size(w[:, None], torch.tensor([count]), rule)
+    mean = size.square().mean().sqrt() if rule == "block_rms" else size.mean()
+    assert mean.item() == pytest.approx(gaussian_size(rule, count), rel=3e-3)  # sampling: 20000 blocks
 
 
 @pytest.mark.parametrize(

@@ -254,4 +254,15 @@ GRADIENTS: dict[str, Method] = {
         by_bits={"1": {"options": {"rule": "absmean"}}},
         missing={"1.58": "a codebook of three levels takes 2 bits in a file, more than the ternary grid's 1.6"},
     ),
+    "kmeans_literal": Method(
+        summary="The same with the size of each block, found anew at every step, as its scale (1-Bit Wonder).",
+        papers=("2602.15563",),
+        note="as published but for the warm-up, which the checkpoint stands for, blocks of the scheme, and the arena's "
+        "objective in place of cross-entropy",
+        letter="K",
+        options={"rule": "block_absmax", "mode": "dynamic"},
+        codebooks={"step": 0},
+        by_bits={"1": {"options": {"rule": "block_absmean"}}},
+        missing={"1.58": "a codebook of three levels takes 2 bits in a file, more than the ternary grid's 1.6"},
+    ),
 }

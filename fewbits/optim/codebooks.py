@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewbits.convert import owned_layers, qat_layers
 from fewbits.grids import Codebook
 from fewbits.kmeans import block_scale, fit_codebook
+from fewbits.scales import GRID_FREE_RULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
     """Fit the codebook of every layer that has one to its current latent weight, and restart its scales.
 
     1-Bit Wonder trains without quantization first (``layer.fake_quant_enabled = False``), fits once and freezes: call
-    this once. Levels are not trained in between; learned scales are, and start anew at the size of each block.
+    this once. Levels are not trained in between; learned scales are, and start anew at the size of each block. Dynamic
+    scales of the rules ``block_*``, the published form, are the sizes of the blocks at every step by themselves.
 
     Args:
         model: a prepared model.
@@ -76,9 +78,9 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
         Names of the layers that were fitted.
 
     Raises:
-        ValueError: if no layer has a codebook, if a scale is dynamic (its rule would not know the new blocks), if
-            weights are given for an unknown or a rotated layer, and as :func:`fewbits.kmeans.fit_codebook`; nothing is
-            changed then.
+        ValueError: if no layer has a codebook, if a scale is dynamic by another rule (it would follow the levels and
+            leave the units in which they were fitted), if weights are given for an unknown or a rotated layer, and as
+            :func:`fewbits.kmeans.fit_codebook`; nothing is changed then.
 
     Example:
         >>> from fewbits.convert import Rule, prepare
@@ -98,8 +100,11 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
         scheme, h = layer.scheme, None if weights is None else weights.get(name)
         if layer.parametrization is not None:
             raise ValueError(f"{name} has a frozen base in steps of its present codebook; refit before parametrizing")
-        if layer.weight_scale is None:
-            raise ValueError(f"{name} has dynamic scales; use mode='learned' or 'frozen' with fitted codebooks")
+        if layer.weight_scale is None and scheme.scale.rule not in GRID_FREE_RULES:
+            raise ValueError(
+                f"{name} has dynamic scales of the rule {scheme.scale.rule!r}, which depend on the levels; a fitted "
+                f"codebook needs one of {', '.join(GRID_FREE_RULES)}, or mode='learned' or 'frozen'"
+            )
         if h is not None and scheme.rotation.kind != "none":
             raise ValueError(f"{name} is rotated, so weights per latent entry have no meaning for it")
         if h is not None and layer.transform is not None:
@@ -110,7 +115,8 @@ def refit_codebooks_(model: nn.Module, *, weights: Mapping[str, Tensor] | None =
         fitted[name] = replace(scheme, grid=grid), block_scale(w, scheme.scale)
     with torch.no_grad():
         for name, (scheme, scale) in fitted.items():
-            layers[name].raw_scale().copy_(scale)
+            if layers[name].weight_scale is not None:
+                layers[name].raw_scale().copy_(scale)
             for _, layer in qat_layers(model):
                 if layer.owner is layers[name]:
                     layer.scheme = scheme

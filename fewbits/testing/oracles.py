@@ -197,6 +197,46 @@ def stableqat_gain(v: float, grid: AnyGrid, amplitude: float, num_harmonics: int
     return (1 - s) / (1 + s)
 
 
+def best_levels(
+    x: Sequence[float], num_levels: int, weights: Sequence[float] | None = None
+) -> tuple[list[float], float]:
+    r"""The global minimum of one-dimensional k-means, by dynamic programming over all ways to cut the sorted values.
+
+    :math:`D_k(j) = \min_{i < j} D_{k-1}(i) + \mathrm{cost}(i, j)` with the weighted squared distances of the values
+    i..j-1 to their mean: the optimal cells are intervals.
+
+    Args:
+        x: values, finite.
+        num_levels: K, at most as many as there are distinct values.
+        weights: > 0, one per value; None is 1.
+
+    Returns:
+        Levels, ascending, and the weighted sum of squared distances.
+
+    Example:
+        >>> best_levels([0.0, 1.0, 10.0, 12.0], 2)
+        ([0.5, 11.0], 2.5)
+    """
+    pairs = sorted(zip(x, weights or [1.0] * len(x), strict=True))
+
+    def cell(i: int, j: int) -> tuple[float, float]:
+        mass = math.fsum(h for _, h in pairs[i:j])
+        mean = math.fsum(h * v for v, h in pairs[i:j]) / mass
+        return mean, math.fsum(h * (v - mean) ** 2 for v, h in pairs[i:j])
+
+    best: list[tuple[float, list[float]]] = [(0.0, []), *((math.inf, []) for _ in pairs)]
+    for _ in range(num_levels):
+        now: list[tuple[float, list[float]]] = [(math.inf, [])]
+        for j in range(1, len(pairs) + 1):
+            options = []
+            for i in range(j):
+                mean, cost = cell(i, j)
+                options.append((best[i][0] + cost, [*best[i][1], mean]))
+            now.append(min(options))
+        best = now
+    return best[-1][1], best[-1][0]
+
+
 def _density(x: float) -> float:
     return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
