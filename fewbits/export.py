@@ -103,6 +103,6 @@ def _write(model: Any, tokenizer: Any | None, target: Target, folder: Path) -> N
     for name, (scheme, shape) in schemes(model).items():
         if reason := target.holds(scheme, shape):
             raise ValueError(f"target {target.name!r} cannot hold {name} ({scheme.name}) without loss: {reason}")
-    check_activations(target, activations_of(model))
+    check_activations(target, *activations_of(model))
     target.write(model, tokenizer, folder)
     write_manifest(folder, target.name, versions()["fewbits"])

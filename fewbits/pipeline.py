@@ -83,7 +83,9 @@ def check_target(model: nn.Module, recipe: Recipe) -> None:
     """
     target = get_target(recipe.target)
     chosen = select_layers(model, [r.build() for r in recipe.rules], recipe.ignore)
-    check_activations(target, {name: rule.activation or rule.kv_cache for name, (rule, _) in chosen.items()})
+    rules = {name: rule for name, (rule, _) in chosen.items()}
+    inputs, kv = ({name: getattr(rule, key) for name, rule in rules.items()} for key in ("activation", "kv_cache"))
+    check_activations(target, inputs, kv)
     for name, (rule, module) in chosen.items():
         weight = module.weight
         assert isinstance(weight, torch.Tensor)

@@ -74,6 +74,18 @@ def test_sasq_changes_every_activation_scale_and_nothing_else(checkpoint: Path, 
         assert torch.equal(value, end[name.replace(".scale", ".log_scale")].exp())
 
 
+def test_inputs_that_compressed_tensors_means_too_ship_in_it(checkpoint: Path, tmp_path: Path) -> None:
+    rules = "rules=[{scheme: W4A8G32, activation: {preset: compressed_tensors}}]"
+    run(small(checkpoint, "w2a8", rules, "target=compressed-tensors"), tmp_path / "run", quiet=True)
+    folder, report = export_verified(tmp_path / "run", "compressed-tensors")
+    assert report.passed, report.to_text()
+    assert report.logits is not None
+    assert report.logits.bitwise_equal
+    assert '"strategy": "token"' in (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"cannot hold the quantized activations .* use rule='half_range'"):
+        run(small(checkpoint, "w2a8", "target=compressed-tensors"), tmp_path / "absmax", quiet=True)
+
+
 def test_other_targets_are_refused_before_training(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot hold the quantized activations"):
         run(small(checkpoint, "w2a8", "target=dequantized"), tmp_path / "run", quiet=True)

@@ -106,8 +106,9 @@ def gradient_factor(scheme: ActivationScheme, num_features: int) -> float:
 def dynamic_scale(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | None]:
     r"""Scale and integer zero point of what is to be quantized.
 
-    ``absmax``: :math:`\max|x|/\ell_+`; with an offset :math:`(\max(x,0) - \min(x,0))/(2^b-1)` and the zero point
-    :math:`\lfloor -\min(x,0)/s \rceil`; ``rms``: :math:`\sqrt{E x^2}` times the best step of a Gaussian.
+    ``absmax``: :math:`\max|x|/\ell_+`, ``half_range``: :math:`\max|x|/\tfrac12(2^b-1)`; with an offset
+    :math:`(\max(x,0) - \min(x,0))/(2^b-1)` and the zero point :math:`\lfloor -\min(x,0)/s \rceil`; ``rms``:
+    :math:`\sqrt{E x^2}` times the best step of a Gaussian.
 
     Args:
         x: ``(.., features)``, rotated already.
@@ -129,9 +130,10 @@ def dynamic_scale(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor |
         least = wide.amin(axes, keepdim=True).clamp_max(0)
         scale = ((wide.amax(axes, keepdim=True).clamp_min(0) - least) / high).clamp_min(SMALLEST_SCALE)
         return scale, (-least / scale).round()
-    if scheme.rule == "absmax":
+    if scheme.rule in ("absmax", "half_range"):
         largest = (wide.abs() if scheme.signed else wide).amax(axes, keepdim=True)
-        return (largest / high).clamp_min(SMALLEST_SCALE), None
+        over = high if scheme.rule == "absmax" else (2**scheme.num_bits - 1) / 2
+        return (largest / over).clamp_min(SMALLEST_SCALE), None
     rms = wide.square().mean(axes, keepdim=True).sqrt()
     return (rms * rms_step(scheme)).clamp_min(SMALLEST_SCALE), None
 

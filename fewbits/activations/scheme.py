@@ -12,7 +12,7 @@ from fewbits.rotations import Rotation
 
 Mode = Literal["dynamic", "static"]
 Granularity = Literal["token", "tensor"]
-Rule = Literal["absmax", "rms", "mse"]
+Rule = Literal["absmax", "half_range", "rms", "mse"]
 Levels = Literal["int", "centred"]
 Gradient = Literal["ste", "clip", "trust"]
 Parameter = Literal["scale", "log_scale", "clip"]
@@ -38,7 +38,8 @@ class ActivationScheme:
             ``static`` has one stored number.
         granularity: ``token`` (every row of the last axis; of keys and values: every head and token) or ``tensor``.
         rule: of the dynamic scale, or of the start of a static one: ``absmax`` (largest magnitude over the largest
-            level), ``rms`` (RMS times the MSE-optimal step of a Gaussian; QuEST's table on the centred grid) or, for
+            level), ``half_range`` (dynamic; largest magnitude over :math:`(2^b-1)/2`, as compressed-tensors has it),
+            ``rms`` (RMS times the MSE-optimal step of a Gaussian; QuEST's table on the centred grid) or, for
             static scales, ``mse`` (line search on calibration data).
         grid: ``int`` or ``centred``.
         signed: False for inputs that are never negative.
@@ -109,6 +110,8 @@ class ActivationScheme:
             (not plain_int and offset, "grid='centred' has no offset; use symmetric=True or grid='int'"),
             (static and self.granularity != "tensor", "static numbers are per tensor; use granularity='tensor'"),
             (not static and self.rule == "mse", "rule='mse' needs calibration data; use mode='static'"),
+            (static and self.rule == "half_range", "rule='half_range' is of dynamic scales; use rule='absmax'"),
+            (self.rule == "half_range" and not self.signed, "rule='half_range' is of levels about 0; use signed=True"),
             (self.rule == "rms" and not self.signed, "rule='rms' is of a Gaussian about 0; use signed=True"),
             (self.rule != "absmax" and offset, f"rule={self.rule!r} finds no offset; use rule='absmax'"),
             (not static and self.parameter != "scale", f"parameter={self.parameter!r} needs mode='static'"),
@@ -247,6 +250,7 @@ def check_basis(weight: Rotation, scheme: ActivationScheme | None, *, name: str 
 _STATIC = {"mode": "static", "granularity": "tensor", "gradient": "clip"}
 PRESETS: dict[str, dict[str, Any]] = {
     "bitnet": {},
+    "compressed_tensors": {"rule": "half_range"},
     "quest": {"rule": "rms", "grid": "centred", "gradient": "trust", "rotation": {"kind": "hadamard"}},
     "lsq": {**_STATIC, "rule": "mse"},
     "lsq_plus": {**_STATIC, "symmetric": False},
@@ -255,4 +259,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dorefa": {**_STATIC, "signed": False, "learned": False, "start_clip": 1.0},
     "n2uq": {**_STATIC, "thresholds": "learned", "rule": "mse"},
 }
-"""Fields by the name of the paper that chose them; ``num_bits`` is yours. See docs/activations.md."""
+"""Fields by the name of the paper (or format) that chose them; ``num_bits`` is yours. See docs/activations.md."""

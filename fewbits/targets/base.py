@@ -115,28 +115,39 @@ def ties(model: nn.Module) -> dict[str, str]:
     return {name: names[id(layer.owner)] for name, layer in layers.items() if layer.owner is not layer}
 
 
-def check_activations(target: Target, activations: Mapping[str, ActivationScheme | None]) -> None:
-    """Refuse quantized activations unless the target keeps them.
+def check_activations(
+    target: Target, inputs: Mapping[str, ActivationScheme | None], kv: Mapping[str, ActivationScheme | None]
+) -> None:
+    """Refuse quantized activations unless the target computes with exactly them.
 
     Args:
-        target: a target; one that keeps them has ``holds_activations = True``.
-        activations: by module, schemes of layer inputs, or of keys and values.
+        target: a target; one that keeps some has methods ``holds_input`` and ``holds_kv`` that take a scheme and return
+            None, or the reason why not.
+        inputs: by layer, the scheme of its input.
+        kv: by module, the scheme of keys and values.
 
     Raises:
         ValueError: naming the first module.
     """
-    for name, scheme in activations.items():
-        if scheme is not None and not getattr(target, "holds_activations", False):
-            raise ValueError(
-                f"target {target.name!r} cannot hold the quantized activations of {name} ({scheme.summary}): its files "
-                "describe weights alone, so an engine would compute something else than what was trained; use target "
-                "'hf', or train with A16 and without KV"
-            )
+    for method, what, found in (("holds_input", "activations", inputs), ("holds_kv", "keys and values", kv)):
+        for name, scheme in found.items():
+            holds = getattr(target, method, _weights_alone)
+            if scheme is not None and (reason := holds(scheme)):
+                raise ValueError(
+                    f"target {target.name!r} cannot hold the quantized {what} of {name} ({scheme.summary}): {reason}"
+                )
 
 
-def activations_of(model: nn.Module) -> dict[str, ActivationScheme | None]:
-    """Schemes of all quantized layer inputs, keys and values of a model, by module."""
-    return {**{name: quantizer.scheme for name, quantizer in input_quantizers(model)}, **kv_schemes(model)}
+def _weights_alone(_: ActivationScheme) -> str:
+    return (
+        "its files describe weights alone, so an engine would compute something else than what was trained; use target "
+        "'hf', or train with A16 and without KV"
+    )
+
+
+def activations_of(model: nn.Module) -> tuple[dict[str, ActivationScheme], dict[str, ActivationScheme]]:
+    """Schemes of all quantized layer inputs, and of keys and values, of a model, by module."""
+    return {name: quantizer.scheme for name, quantizer in input_quantizers(model)}, kv_schemes(model)
 
 
 def schemes(model: nn.Module) -> dict[str, tuple[Scheme, tuple[int, int]]]:

@@ -6,6 +6,8 @@ take more bits: half-shifted levels are odd multiples of half the scale, binary 
 
 The loader casts scales to the dtype of the model and computes there. In a float32 model that is exact; in a bfloat16 or
 float16 model it is with portable scales, and otherwise the export checks every weight and refuses a single wrong one.
+
+Quantized inputs of layers are written where the format means what was trained (``compressed_activations.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig
 
+from fewbits.activations.scheme import ActivationScheme
 from fewbits.io import read_json_object
 from fewbits.pretrained import from_pretrained, refuse_missing
 from fewbits.qtensor import QTensor
@@ -41,8 +44,17 @@ from fewbits.targets.affine import (
     times,
 )
 from fewbits.targets.base import load_whole, patch_config, plain_tensors, save_plain
+from fewbits.targets.compressed_activations import (
+    SCALE,
+    checked_inputs,
+    input_args,
+    input_scales,
+    refuse_input,
+    refuse_keys_and_values,
+)
 from fewbits.targets.engine import EngineCheck
 from fewbits.targets.layers import (
+    layers_config,
     linear_codes,
     other_tensors,
     read_layers,
@@ -112,26 +124,38 @@ class CompressedTensors:
         found = self.judge(scheme, shape)
         return found.reason if found.verdict == "cannot" else None
 
+    def holds_input(self, scheme: ActivationScheme) -> str | None:
+        """None, or why ``input_activations`` would not be what was trained."""
+        return refuse_input(scheme)
+
+    def holds_kv(self, scheme: ActivationScheme) -> str | None:
+        """Why ``kv_cache_scheme`` would not be what was trained."""
+        return refuse_keys_and_values()
+
     def write(self, model: Any, tokenizer: Any | None, folder: Path) -> None:
         """Packed codes, scales and zero points; all other tensors as they are.
 
         Raises:
-            ValueError: for a quantized embedding or Conv1D, a grid that does not fit, or scales that the model's dtype
-                rounds so that a weight changes.
+            ValueError: for a quantized embedding or Conv1D, a grid that does not fit, scales that the model's dtype
+                rounds so that a weight changes, or quantized inputs that loaders would round in another way.
         """
-        state = plain_tensors(model)
+        inputs = checked_inputs(model)
+        state = self.expected_tensors(model)
         codes = linear_codes(model, self.name)
-        groups: dict[tuple[int, bool, int | None], list[str]] = {}  # by bits, symmetric, group size
+        groups: dict[tuple[int, bool, int | None, ActivationScheme | None], list[str]] = {}
         for name, q in codes.items():
             found = self._find(q.scheme, (q.shape[0], q.shape[1]))
             if isinstance(found, str):
                 raise ValueError(f"{name}: {found}")
             fit, group = found
             state |= {f"{name}.{key}": value for key, value in _pack(name, q, fit, group, model.dtype).items()}
-            key = fit.num_bits, fit.zeros == "middle", None if group == q.shape[1] else group
+            key = fit.num_bits, fit.zeros == "middle", None if group == q.shape[1] else group, inputs.get(name)
             groups.setdefault(key, []).append(name)
-        if len(groups) > 1 and not all(symmetric for _, symmetric, _ in groups):
-            raise ValueError("Transformers reads zero points only where all layers have one scheme; drop num_bits")
+        if not all(symmetric for _, symmetric, *_ in groups):
+            if len(groups) > 1:
+                raise ValueError("Transformers reads zero points only where all layers have one scheme; drop num_bits")
+            if inputs:
+                raise ValueError("Transformers reads zero points only without quantized inputs; drop num_bits")
         save_plain(model, state, tokenizer, folder, save_original_format=False)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         rest = sorted(set(linear) - set(codes))
@@ -148,27 +172,31 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
         patch_config(folder, quantization_config=config)
-        write_layers(folder, codes)
+        write_layers(folder, codes, inputs=inputs)
 
     def read_codes(self, folder: Path) -> dict[str, QTensor]:
         """Codes and scales, checked against ``config.json``."""
         tensors = read_folder(folder)
-        quantization = _config(folder)
-        found = {}
-        for name, (scheme, shape) in read_layers(folder).items():
+        quantization, layers = _config(folder), layers_config(folder)
+        inputs, found = layers.by_module("activations"), {}
+        for name, (scheme, shape) in layers.packed().items():
             try:
-                found[name] = _read(name, scheme, shape, _weights_config(quantization, name), tensors)
+                group = _group_of(quantization, name)
+                _check_input(group, inputs.get(name))
+                found[name] = _read(name, scheme, shape, group["weights"], tensors)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return found
 
     def read_tensors(self, folder: Path) -> dict[str, Tensor]:
-        """Norms, embeddings, biases and whatever was not quantized."""
-        return other_tensors(folder, read_layers(folder))
+        """Norms, embeddings, biases and whatever was not quantized; static scales of inputs."""
+        packed = read_layers(folder)
+        scales = {k: v for k, v in read_folder(folder).items() if k.endswith(f".{SCALE}")}
+        return other_tensors(folder, packed) | scales
 
     def expected_tensors(self, model: Any) -> dict[str, Tensor]:
         """The same from the model."""
-        return plain_tensors(model)
+        return plain_tensors(model) | input_scales(model)
 
     def load(self, folder: Path, like: Any) -> nn.Module:
         """``AutoModelForCausalLM.from_pretrained``, which needs the package compressed-tensors.
@@ -224,7 +252,9 @@ def _pack(name: str, q: QTensor, fit: Fit, group: int, dtype: torch.dtype) -> di
     return parts
 
 
-def _group_config(num_bits: int, symmetric: bool, group: int | None, *, targets: list[str]) -> dict[str, Any]:
+def _group_config(
+    num_bits: int, symmetric: bool, group: int | None, inputs: ActivationScheme | None, *, targets: list[str]
+) -> dict[str, Any]:
     weights = {
         "num_bits": num_bits,
         "type": "int",
@@ -233,7 +263,8 @@ def _group_config(num_bits: int, symmetric: bool, group: int | None, *, targets:
         "group_size": group,
         "dynamic": False,
     }
-    parts = {"weights": weights, "input_activations": None, "output_activations": None}
+    activations = None if inputs is None else input_args(inputs)
+    parts = {"weights": weights, "input_activations": activations, "output_activations": None}
     return {"targets": targets, **parts, "format": FORMAT}
 
 
@@ -244,14 +275,20 @@ def _config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _weights_config(config: dict[str, Any], name: str) -> dict[str, Any]:
+def _group_of(config: dict[str, Any], name: str) -> dict[str, Any]:
     groups = config.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         if isinstance(group, dict) and isinstance(group.get("targets"), list):
             everything = group["targets"] == ["Linear"] and name not in (config.get("ignore") or ())
             if (everything or name in group["targets"]) and isinstance(group.get("weights"), dict):
-                return group["weights"]
+                return group
     raise ValueError("config.json does not say how it is quantized")
+
+
+def _check_input(group: dict[str, Any], scheme: ActivationScheme | None) -> None:
+    found, needed = group.get("input_activations"), None if scheme is None else input_args(scheme)
+    if found != needed:
+        raise ValueError(f"config.json says input_activations={found}; {needed} was trained")
 
 
 def _read(

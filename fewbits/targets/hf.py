@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.activations.module import INPUT, input_quantizers, kv_schemes
+from fewbits.activations.scheme import ActivationScheme
 from fewbits.io import read_json_object
 from fewbits.nn import QuantizedLinear
 from fewbits.qtensor import QTensor
@@ -48,7 +49,14 @@ class HF:
     """
 
     name: str = "hf"
-    holds_activations: ClassVar[bool] = True
+
+    def holds_input(self, scheme: ActivationScheme) -> str | None:
+        """None: every scheme of inputs is kept as it is."""
+        return None
+
+    def holds_kv(self, scheme: ActivationScheme) -> str | None:
+        """None: every scheme of keys and values is kept as it is."""
+        return None
 
     def holds(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """None unless the scheme does not fit the shape at all."""

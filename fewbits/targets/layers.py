@@ -19,7 +19,7 @@ from fewbits.convert import qat_layers, quantized_layers
 from fewbits.io import read_json_object, write_json
 from fewbits.nn import QATEmbedding, QuantizedEmbedding
 from fewbits.qtensor import QTensor
-from fewbits.quantizer import FewbitsConfig, Packed
+from fewbits.quantizer import ByModule, FewbitsConfig, Packed
 from fewbits.targets.base import model_codes, ties
 from fewbits.targets.dequantized import transposed
 from fewbits.weight_files import read_folder
@@ -40,10 +40,12 @@ def require(module: str, extra: str) -> ModuleType:
         raise ImportError(f"this needs the package {module.partition('.')[0]}; run: {line} ({error})") from error
 
 
-def write_layers(folder: Path, codes: dict[str, QTensor], tied: dict[str, str] | None = None) -> None:
-    """Write scheme and shape of every layer."""
+def write_layers(
+    folder: Path, codes: dict[str, QTensor], tied: dict[str, str] | None = None, inputs: ByModule | None = None
+) -> None:
+    """Write scheme and shape of every layer, and how its input is quantized."""
     packed: Packed = {name: (q.scheme, (q.shape[0], q.shape[1])) for name, q in codes.items()}
-    write_json(folder / LAYERS_FILE, FewbitsConfig.from_packed(packed, tied or {}).to_dict())
+    write_json(folder / LAYERS_FILE, FewbitsConfig.from_packed(packed, tied or {}, inputs).to_dict())
 
 
 def layers_config(folder: Path) -> FewbitsConfig:
