@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from fewbits.activations import ActivationScheme, split_scheme
 from fewbits.arena import METHODS, NotForScheme
-from fewbits.arena.methods import recipe_fields, rule_for, split_scheme
+from fewbits.arena.methods import recipe_fields, rule_for
+from fewbits.arena.methods import split_scheme as split_weights
+from fewbits.naming import did_you_mean
 from fewbits.recipe import Recipe, shipped_recipes
 
 NUM_STEPS = 200
@@ -26,13 +29,17 @@ OTHER_BITS = ("clipped_ste", LEARNING_RATE)
 """At bit-widths that the arena has not compared."""
 
 
+_SCHEME_LIKE = re.compile(r"^W\d(\.\d+)?[A-Z0-9-]*$", re.IGNORECASE)
+
+
 def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a command means.
 
     Args:
         name: a YAML file; a shipped recipe (``fewbits recipes``); ``METHOD@SCHEME``, a method of the arena at a scheme,
             such as ``quest@W2G64`` (``fewbits arena --list``); or a scheme, such as ``W1.58``, at which the default
-            method is the arena's choice.
+            method is the arena's choice. The scheme may name inputs and cache too, as ``W2A8KV4G64``; they are
+            quantized in the plain way, of each token, whatever the method.
         overrides: ``key=value`` pairs, as :meth:`fewbits.recipe.Recipe.parse`.
 
     Raises:
@@ -41,8 +48,10 @@ def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Example:
         >>> find_recipe("quest@W1", ["train.max_steps=50"]).rules[0].surrogate
         {'name': 'clipped_ste', 'edge': 1.3}
-        >>> find_recipe("W2G64").init
+        >>> find_recipe("W2A8G64").init
         'signround'
+        >>> find_recipe("W2A8G64").rules[0].build().activation.name
+        'A8'
     """
     text = str(name)
     if Path(text).is_file() or text in shipped_recipes():
@@ -50,10 +59,16 @@ def find_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     method, at, scheme = text.partition("@")
     if at:
         return method_recipe(method, scheme, overrides)
-    try:
-        bits, _ = split_scheme(text)
-    except ValueError:
+    if text in METHODS:
+        raise ValueError(f"{text!r} is a method; name its scheme too, as in {text}@W2G64")
+    if not _SCHEME_LIKE.match(text):
+        if not did_you_mean(text, shipped_recipes()) and (near := did_you_mean(text, METHODS, cutoff=0.75)):
+            raise ValueError(
+                f"recipe {text!r} is neither a file nor a shipped recipe; a method goes with a scheme, as in "
+                f"quest@W2G64; {near.strip()}"
+            )
         return Recipe.load(text, overrides)  # which says what there is
+    bits, _ = split_weights(_weights_and_spellings(text)[0])
     method, rate = DEFAULT_METHODS.get(bits, OTHER_BITS)
     return method_recipe(method, text, overrides, learning_rate=rate)
 
@@ -76,17 +91,36 @@ def method_recipe(
         >>> method_recipe("kmeans", "W2G64").codebooks is not None
         True
     """
+    if not name or not scheme:
+        raise ValueError(f"{f'{name}@{scheme}'!r} lacks a part of METHOD@SCHEME, e.g. quest@W2G64")
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else f"; methods: {', '.join(METHODS)}"
-        raise ValueError(f"unknown method {name!r} in {f'{name}@{scheme}'!r}{hint}")
+        hint = did_you_mean(name, METHODS) or f"methods: {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {name!r} in {f'{name}@{scheme}'!r}; {hint.strip()}")
     method = METHODS[name]
     if method.stage == "fp_then_ptq":
-        raise ValueError(f"{name} is a control of the arena, full precision first; it has no recipe")
-    fields = recipe_fields(name, method, scheme, learning_rate=learning_rate, num_steps=NUM_STEPS)
+        raise ValueError(
+            f"{name} is a control of the arena, full precision first, and has no recipe; run it there "
+            f"(fewbits arena --methods {name} --schemes {scheme}), or train {method.init}@{scheme}"
+        )
+    weights, *spelled = _weights_and_spellings(scheme)
+    try:
+        fields = recipe_fields(name, method, weights, learning_rate=learning_rate, num_steps=NUM_STEPS)
+    except NotForScheme as error:
+        there = ", ".join(f"W{bits}" for bits in ("1", "1.58", "2", "3", "4") if bits not in method.missing)
+        raise NotForScheme(f"{error}; {name} goes with {there}, and `fewbits recipes` lists methods at W2G64") from None
+    for key, text in zip(("activation", "kv_cache"), spelled, strict=True):
+        if (parsed := ActivationScheme.parse(text)) is not None:
+            fields["rules"][0][key] = {"num_bits": parsed.num_bits}  # a mapping, so that overrides reach into it
     steps = 0 if method.stage == "ptq" else NUM_STEPS
     fields["train"] = {"max_steps": steps, "batch_size": BATCH_SIZE, **fields["train"]}
     return Recipe.parse(yaml.safe_dump(fields, sort_keys=False), overrides)
+
+
+def _weights_and_spellings(scheme: str) -> tuple[str, str | None, str | None]:
+    """What the scheme says of weights, inputs and cache, after a look at its case."""
+    if scheme != scheme.upper():
+        raise ValueError(f"scheme {scheme!r} is not in capitals; write {scheme.upper()}")
+    return split_scheme(scheme)
 
 
 def named_recipes(scheme: str = "W2G64") -> dict[str, str]:

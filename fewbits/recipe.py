@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fewbits.convert import Rule
+from fewbits.naming import did_you_mean
 from fewbits.objectives import Objective
 from fewbits.optim import VarianceReduction
 from fewbits.optim.build import check_optimizer_name, is_schedule_free
@@ -244,11 +245,19 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _parts_build(self) -> Recipe:
-        for rule in self.rules:
-            rule.build()
+        from fewbits.grids import Codebook
+
+        grids = []
+        for i, rule in enumerate(self.rules):
+            try:
+                grids.append(rule.build().scheme.grid)
+            except ValueError as error:
+                raise ValueError(f"rules.{i}: {error}") from None
         self.objective.build()
         if self.codebooks is not None:
             self.codebooks.build()
+            if not any(isinstance(grid, Codebook) for grid in grids):
+                raise ValueError("codebooks are to be fitted, but no rule has one; use a scheme such as W2KG64")
         return self
 
     @classmethod
@@ -286,11 +295,8 @@ class Recipe(_Part):
         elif path.is_file():
             text = path.read_text(encoding="utf-8")
         else:
-            near = difflib.get_close_matches(str(path), shipped_recipes(), n=3)
-            hint = (
-                f"; did you mean {', '.join(near)}?" if near else f"; shipped recipes: {', '.join(shipped_recipes())}"
-            )
-            raise ValueError(f"recipe {str(path)!r} is neither a file nor a shipped recipe{hint}")
+            hint = did_you_mean(path, shipped_recipes()) or f"shipped recipes: {', '.join(shipped_recipes())}"
+            raise ValueError(f"recipe {str(path)!r} is neither a file nor a shipped recipe; {hint.strip()}")
         return cls.parse(text, overrides)
 
     def to_yaml(self) -> str:
@@ -307,25 +313,30 @@ def shipped_recipes() -> dict[str, str]:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ValueError(f"override {override!r} is not of the form key=value, e.g. train.max_steps=50")
+    try:
+        parsed = yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"override {override!r}: the value is not YAML ({text}); close brackets and quotes") from None
+    if isinstance(parsed, str):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as a string
+            parsed = float(parsed)
     *parents, last = key.split(".")
     node: Any = data
     for i, part in enumerate(parents):
         if isinstance(node, list):
             node = node[_index(node, part, override)]
-            continue
-        if part == "rules" and not node.get("rules"):
-            node["rules"] = [{}]
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
+        else:
+            if part == "rules" and not node.get("rules"):
+                node["rules"] = [{}]
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, dict | list):
-            raise ValueError(f"override {override!r}: {'.'.join(parents[: i + 1])} is a value, not a mapping")
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as a string
-            parsed = float(parsed)
+            here = ".".join(parents[: i + 1])
+            raise ValueError(f"override {override!r}: {here} is the value {node!r}, not a mapping; give all of {here}")
     if isinstance(node, list):
         node[_index(node, last, override)] = parsed
     else:
@@ -334,24 +345,44 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 def _index(node: list[Any], part: str, override: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise ValueError(f"override {override!r}: {part!r} is not an index below {len(node)}")
+        raise ValueError(
+            f"override {override!r}: {part!r} is not an index below {len(node)}; a list starts at 0, as in "
+            "rules.0.scheme, and is lengthened by giving all of it"
+        )
     return int(part)
 
 
 def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "recipe"
+        where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where.split(".")[-1], _known_keys(), n=2)
-            message = "unknown key" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            message = _unknown_key(where)
+        elif problem["type"] == "literal_error":
+            near = did_you_mean(problem["input"], re.findall("'([^']+)'", problem["ctx"]["expected"]))
+            message = f"{problem['input']!r} is unknown; {near}use {problem['ctx']['expected']}"
         else:
             message += f" (got {problem['input']!r})" if problem["type"] != "value_error" else ""
-        lines.append(f"{where}: {message}")
+        lines.append(f"{where}: {message}" if where else message)
     return "\n".join(lines)
 
 
-def _known_keys() -> list[str]:
-    parts = (Recipe, RuleSpec, DataSpec, TrainSpec, VarianceReductionSpec, ObjectiveSpec, CodebookSpec)
-    return sorted({k for part in parts for k in part.model_fields})
+def _parts() -> dict[str, type[_Part]]:
+    """The part of a recipe that stands under a key; the recipe itself under none."""
+    return {
+        "": Recipe, "rules": RuleSpec, "data": DataSpec, "objective": ObjectiveSpec, "codebooks": CodebookSpec,
+        "train": TrainSpec, "train.variance_reduction": VarianceReductionSpec,
+    }  # fmt: skip
+
+
+def _unknown_key(where: str) -> str:
+    """What to say of a key that its part lacks: near keys there, or where it belongs, and all that there are."""
+    parent, _, key = re.sub(r"\.\d+\.", ".", where).rpartition(".")
+    known = list(_parts().get(parent, Recipe).model_fields)
+    elsewhere = {field: f"{path}.{field}" for path, part in _parts().items() if path for field in part.model_fields}
+    if key in elsewhere:
+        near = f"did you mean {elsewhere[key].replace('rules.', 'rules.0.')}? "
+    else:
+        near = did_you_mean(key, known)
+    return f"unknown key; {near}known keys: {', '.join(known)}"

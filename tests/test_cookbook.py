@@ -11,6 +11,7 @@ from fewbits.arena.methods import rule_for
 from fewbits.cookbook import DEFAULT_METHODS, LEARNING_RATE, NUM_STEPS, find_recipe, method_recipe, named_recipes
 from fewbits.pipeline import run
 from fewbits.recipe import Recipe
+from fewbits.rules import Rule
 
 
 @pytest.mark.parametrize("scheme", ["W2G64", "W1.58", "W1"])
@@ -65,6 +66,45 @@ def test_unknown_names_say_what_is_near() -> None:
         find_recipe("quest@W9")
     with pytest.raises(ValueError, match="sign and a ternary"):
         find_recipe("bitnet@W2G64")
+
+
+def test_a_scheme_may_name_inputs_and_cache() -> None:
+    recipe = find_recipe("W2A8KV4G64")
+    rule, plain = recipe.rules[0].build(), find_recipe("W2G64")
+    assert rule.activation is not None
+    assert rule.kv_cache is not None
+    assert (rule.activation.name, rule.kv_cache.num_bits) == ("A8", 4)
+    bare = recipe.rules[0].model_copy(update={"activation": None, "kv_cache": None})
+    assert recipe.model_copy(update={"rules": [bare]}) == plain
+    assert find_recipe("W2A16G64") == plain
+    trusted = find_recipe("quest@W4A4", ["rules.0.activation.preset=quest"]).rules[0].build()
+    assert trusted == Rule(
+        scheme=trusted.scheme, surrogate=trusted.surrogate, activation={"preset": "quest", "num_bits": 4}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quest@", "lacks a part of METHOD@SCHEME, e.g. quest@W2G64"),
+        ("@W2", "lacks a part of METHOD@SCHEME, e.g. quest@W2G64"),
+        ("quest", "is a method; name its scheme too, as in quest@W2G64"),
+        ("qest", "a method goes with a scheme, as in quest@W2G64; did you mean quest"),
+        ("bitnet@W2", "sign and a ternary grid only; bitnet goes with W1, W1.58,"),
+        ("kmeans@W1.58", "goes with W1, W2, W3, W4"),
+        ("fp_finetune_then_ptq@W2", "fewbits arena --methods fp_finetune_then_ptq --schemes W2.*, or train rtn@W2"),
+        ("W4HG64", "methods choose the grid letter; write W4G64"),
+        ("quest@W2KG64", "methods choose the grid letter; write W2G64"),
+        ("w2g64", "not in capitals; write W2G64"),
+        ("quest@w2a8", "not in capitals; write W2A8"),
+        ("W2A9G64", "num_bits=9 must be a whole number from 1 to 8"),
+        ("W1.5", "not of the form W<1.1.58.2..8>"),
+        ("W2.yaml", "neither a file nor a shipped recipe"),
+    ],
+)
+def test_every_refusal_names_the_fix(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_recipe(name)
 
 
 def test_the_list_holds_what_can_be_run() -> None:

@@ -16,7 +16,7 @@ MAX_LINES = 400
 
 # A file imports only from entries above its own, or from its own package.
 ORDER = [
-    "numerics", "grids", "scales", "rotations", "scheme", "qtensor", "kmeans",
+    "naming", "numerics", "grids", "scales", "rotations", "scheme", "qtensor", "kmeans",
     "surrogates", "fake_quant", "drives", "activations",
     "packing", "parametrizations", "nn", "parametrize", "rules", "convert",
     "optim", "objectives",

@@ -237,7 +237,7 @@ def test_export_of_a_run_goes_to_its_place(plain: Path, tmp_path: Path) -> None:
 
 def test_export_refuses(tmp_path: Path) -> None:
     model = quantized(tiny_llama())
-    with pytest.raises(ValueError, match="unknown target 'dequantised'; did you mean 'dequantized'"):
+    with pytest.raises(ValueError, match="unknown target 'dequantised'; did you mean dequantized"):
         export(model, "dequantised", tmp_path / "x")
     with pytest.raises(ValueError, match="a folder is needed"):
         export(model, "hf")

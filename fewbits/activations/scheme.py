@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+from fewbits.naming import did_you_mean
 from fewbits.rotations import Rotation
 
 Mode = Literal["dynamic", "static"]
@@ -214,7 +215,8 @@ class ActivationScheme:
         preset = data.pop("preset", None)
         if preset is not None:
             if preset not in PRESETS:
-                raise ValueError(f"activation preset {preset!r} is unknown; presets: {', '.join(PRESETS)}")
+                near = did_you_mean(preset, PRESETS)
+                raise ValueError(f"activation preset {preset!r} is unknown; {near}presets: {', '.join(PRESETS)}")
             data = {**PRESETS[preset], **data}
         if unknown := sorted(set(data) - {f.name for f in fields(cls)}):
             known = ", ".join(["preset", *(f.name for f in fields(cls))])

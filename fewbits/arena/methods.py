@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fewbits.naming import did_you_mean
 from fewbits.ptq import METHODS as PTQ_METHODS
 from fewbits.rotations import Rotation
 from fewbits.scheme import Scheme
@@ -94,9 +95,18 @@ def split_scheme(text: str) -> tuple[str, str]:
     """
     match = _SCHEME.match(text.strip())
     if not match:
-        raise ValueError(f"scheme {text!r} is not of the form W<1|1.58|2..8>[G<size>]; methods choose the grid letter")
+        raise ValueError(
+            f"scheme {text!r} is not of the form W<1|1.58|2..8>[G<size>], e.g. W2G64; methods choose the grid letter"
+            + _fix(text.strip())
+        )
     Scheme.parse(text.strip())
     return match["bits"], match["rest"]
+
+
+def _fix(text: str) -> str:
+    """The scheme that was probably meant, as the end of a message; nothing where none is near."""
+    plain = re.sub(r"^(W[\d.]+)[HK]?(A\d+)?(KV\d+)?", r"\1", text.upper())
+    return f"; write {plain}" if plain != text and _SCHEME.match(plain) else ""
 
 
 def rule_for(name: str, method: Method, scheme: str, *, num_steps: int) -> dict[str, Any]:
@@ -198,7 +208,8 @@ def choose_methods(text: str, table: dict[str, Method]) -> tuple[str, ...]:
         return tuple(table)
     asked = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := sorted(asked - set(table)):
-        raise ValueError(f"unknown arena method {unknown[0]!r}; known methods: all, {', '.join(table)}")
+        near = did_you_mean(unknown[0], table)
+        raise ValueError(f"unknown arena method {unknown[0]!r}; {near}known methods: all, {', '.join(table)}")
     if not asked:
         raise ValueError("no method given; use all, or names separated by commas")
     return tuple(name for name in table if name in asked)

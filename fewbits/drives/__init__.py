@@ -14,6 +14,7 @@ from fewbits.drives.fpq import FPQ
 from fewbits.drives.parq import PARQ
 from fewbits.drives.winq import WinQ
 from fewbits.fake_quant import fake_quantize
+from fewbits.naming import did_you_mean
 from fewbits.scales import stored_scale
 from fewbits.scheme import Scheme
 from fewbits.surrogates import Surrogate
@@ -35,7 +36,7 @@ def drive_from_dict(data: dict[str, Any] | str) -> Drive:
     data = {"name": data} if isinstance(data, str) else dict(data)
     name = data.pop("name", None)
     if name not in DRIVES:
-        raise ValueError(f"unknown drive {name!r}; known drives: {', '.join(DRIVES)}")
+        raise ValueError(f"unknown drive {name!r}; {did_you_mean(name, DRIVES)}known drives: {', '.join(DRIVES)}")
     cls = DRIVES[name]
     options = set(cls.__dataclass_fields__)
     if unknown := sorted(set(data) - options):

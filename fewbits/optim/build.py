@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from fewbits.convert import owned_layers, qat_layers
 from fewbits.drives import Drive
+from fewbits.naming import did_you_mean
 from fewbits.nn import QATEmbedding
 from fewbits.optim.groups import parameter_groups
 from fewbits.surrogates import JacQuant
@@ -33,7 +34,7 @@ def check_optimizer_name(name: str) -> str:
     """
     known = [*OWN_NAMES, *(str(member.value) for member in OptimizerNames)]
     if name not in known:
-        raise ValueError(f"optimizer {name!r} is unknown; use one of {', '.join(known)}")
+        raise ValueError(f"optimizer {name!r} is unknown; {did_you_mean(name, known)}use one of {', '.join(known)}")
     return name
 
 

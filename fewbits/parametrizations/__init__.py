@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewbits.drives import Drive
+from fewbits.naming import did_you_mean
 from fewbits.parametrizations.low_rank import LowRank
 from fewbits.parametrizations.tanh import Tanh
 from fewbits.scheme import Scheme
@@ -31,7 +32,10 @@ def parametrization_from_dict(data: Mapping[str, Any] | str) -> Parametrization:
     options = {"name": data} if isinstance(data, str) else dict(data)
     name = options.pop("name", None)
     if name not in PARAMETRIZATIONS:
-        raise ValueError(f"unknown parametrization {name!r}; known parametrizations: {', '.join(PARAMETRIZATIONS)}")
+        near = did_you_mean(name, PARAMETRIZATIONS)
+        raise ValueError(
+            f"unknown parametrization {name!r}; {near}known parametrizations: {', '.join(PARAMETRIZATIONS)}"
+        )
     cls = PARAMETRIZATIONS[name]
     known = set(cls.__dataclass_fields__)
     if unknown := sorted(set(options) - known):

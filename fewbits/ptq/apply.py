@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fewbits.convert import Rule
+from fewbits.naming import did_you_mean
 from fewbits.ptq.adaround import adaround
 from fewbits.ptq.blockwise import block_ap_stage, signround_stage, train_scales
 from fewbits.ptq.calibration import Blocks, Calibration, to_batches
@@ -75,7 +76,9 @@ def options_of(method: str) -> tuple[str, ...]:
         ('num_ratios', 'clip', 'num_blocks', 'batch_size', 'quantized_prefix', 'rotate', 'seed')
     """
     if method not in _METHODS:
-        raise ValueError(f"unknown PTQ method {method!r}; use one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"unknown PTQ method {method!r}; {did_you_mean(method, METHODS)}use one of {', '.join(METHODS)}"
+        )
     how = _METHODS[method]
     names = [name for function in how.functions for name in _keywords(function) if name not in _NOT_OPTIONS]
     if how.stage is not None or how.after is not None:
@@ -106,7 +109,8 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     """
     known = options_of(method)
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"method {method!r} has no option {unknown[0]!r}; it takes {', '.join(known)}")
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(f"method {method!r} has no option {unknown[0]!r}; {near}it takes {', '.join(known)}")
 
 
 def apply_ptq(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from fewbits.naming import did_you_mean
 from fewbits.surrogates._base import ElementwiseSurrogate, Surrogate
 from fewbits.surrogates.dsq import DSQ
 from fewbits.surrogates.ewgs import EWGS, HessianSchedule
@@ -32,7 +33,8 @@ def surrogate_from_dict(data: dict[str, Any] | str) -> Surrogate:
     data = {"name": data} if isinstance(data, str) else dict(data)
     name = data.pop("name", None)
     if name not in SURROGATES:
-        raise ValueError(f"unknown surrogate {name!r}; known surrogates: {', '.join(SURROGATES)}")
+        near = did_you_mean(name, SURROGATES)
+        raise ValueError(f"unknown surrogate {name!r}; {near}known surrogates: {', '.join(SURROGATES)}")
     cls = SURROGATES[name]
     options = {field.name for field in fields(cls)} | ({"preset"} if cls is JacQuant else set())
     if unknown := sorted(set(data) - options):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from fewbits.naming import did_you_mean
 from fewbits.targets.base import Target
 from fewbits.targets.bitnet import BitNet
 from fewbits.targets.compressed_tensors import CompressedTensors
@@ -52,8 +51,7 @@ def get_target(name: str) -> Target:
         'hf'
     """
     if name not in TARGETS:
-        near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, TARGETS, cutoff=0.5)
         raise ValueError(f"unknown target {name!r}; {hint}known targets: {', '.join(TARGETS)}")
     return TARGETS[name]
 
