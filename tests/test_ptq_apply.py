@@ -209,7 +209,7 @@ def test_calibration_data_of_every_kind() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"method": "gtpq"}, "unknown PTQ method 'gtpq'; use one of rtn, gptq"),
+        ({"method": "gtpq"}, "unknown PTQ method 'gtpq'; did you mean gptq. use one of rtn, gptq"),
         ({"dampening": 1}, "'gptq' has no option 'dampening'; it takes damping"),
         ({"blocks": None}, "'gptq' needs calibration data"),
         ({"blocks": torch.empty(0, 4)}, "no calibration data"),
