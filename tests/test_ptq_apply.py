@@ -210,7 +210,7 @@ def test_calibration_data_of_every_kind() -> None:
     ("call", "message"),
     [
         ({"method": "gtpq"}, "unknown PTQ method 'gtpq'; did you mean gptq. use one of rtn, gptq"),
-        ({"dampening": 1}, "'gptq' has no option 'dampening'; it takes damping"),
+        ({"dampening": 1}, "'gptq' has no option 'dampening'; did you mean damping. it takes damping"),
         ({"blocks": None}, "'gptq' needs calibration data"),
         ({"blocks": torch.empty(0, 4)}, "no calibration data"),
         ({"batch_size": 0}, "batch_size=0"),
