@@ -234,7 +234,7 @@ def test_muon_without_a_matrix_is_refused(tmp_path: Path) -> None:
 
 
 def test_recipes_check_optimizers_at_birth() -> None:
-    with pytest.raises(ValueError, match="optimizer 'moun' is unknown; use one of muon, lion"):
+    with pytest.raises(ValueError, match=r"optimizer 'moun' is unknown; did you mean muon\? use one of muon, lion"):
         Recipe.parse("train: {optim: moun}")
     with pytest.raises(ValueError, match="lr_scheduler_type='constant'"):
         Recipe.parse("train: {optim: schedule_free_adamw}")

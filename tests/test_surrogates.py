@@ -217,7 +217,7 @@ def test_every_final_subclass_is_registered() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("dsq2", f"unknown surrogate 'dsq2'; known surrogates: {', '.join(SURROGATES)}"),
+        ("dsq2", rf"unknown surrogate 'dsq2'; did you mean dsq\? known surrogates: {', '.join(SURROGATES)}"),
         ({"amplitude": 0.1}, "unknown surrogate None"),
         ({"name": "stableqat", "amplitud": 0.1}, "'stableqat' has no option 'amplitud'; options: amplitude"),
         ({"name": "ste", "edge": "bin"}, "'ste' has no option 'edge'; options: none"),
