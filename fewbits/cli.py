@@ -36,8 +36,16 @@ class _Group(TyperGroup):
         except USER_ERRORS as error:
             if ctx.params.get("debug"):
                 raise
-            err.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}")
+            err.print(f"[bold red]error:[/] {escape(_in_words(error))}")
             raise typer.Exit(1) from None
+
+
+def _in_words(error: Exception) -> str:
+    from pydantic import ValidationError
+
+    from fewbits.recipe import explain
+
+    return explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
 
 
 app = typer.Typer(
@@ -49,12 +57,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from fewbits import __version__
+
+        typer.echo(f"fewbits {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads (default: torch's own choice).")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    del debug
+    del debug, version
     if threads is not None:
         import torch
 
@@ -80,8 +99,10 @@ def _table(header: tuple[str, ...] | list[str], rows: list[list[str]], title: st
     "`fewbits train my.yaml -o runs/b --resume`"
 )
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, METHOD@SCHEME, or a scheme.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value pairs, dotted keys.")] = None,
+    recipe: Annotated[str, typer.Argument(help="A YAML file, a shipped recipe, METHOD@SCHEME, or a scheme: W2A8G64.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value pairs; `fewbits recipes NAME` shows every key.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/latest"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the folder.")] = False,
@@ -110,8 +131,8 @@ def train(
 def ptq(
     model: Annotated[str, typer.Argument(help="'embedded', 'smollm2', a local folder or a hub id.")],
     options: Annotated[list[str] | None, typer.Argument(help="key=value options of the method.")] = None,
-    method: Annotated[str, typer.Option(help="Post-training method.")] = "gptq",
-    scheme: Annotated[str, typer.Option(help="Bits and groups, e.g. W2A16G64.")] = "W2A16G64",
+    method: Annotated[str, typer.Option(help="rtn, gptq, adaround, awq, hqq, lapq, signround or block_ap.")] = "gptq",
+    scheme: Annotated[str, typer.Option(help="Bits and groups, e.g. W2A16G64 or W2A8G64.")] = "W2A16G64",
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/ptq"),
     text: Annotated[
         Path | None, typer.Option(help="Calibration text; its end is held out (default: the embedded text).")
@@ -136,8 +157,8 @@ def evaluate_command(
         Path | None, typer.Option(help="Text file or folder (default: the embedded held-out text).")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Full-precision model for KL and top-1 agreement.")] = None,
-    block_size: Annotated[int, typer.Option(min=2)] = 256,
-    max_tokens: Annotated[int, typer.Option(min=2)] = 16_384,
+    block_size: Annotated[int, typer.Option(min=2, help="Tokens in a block.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of the text, at most.")] = 16_384,
     tasks: Annotated[str | None, typer.Option(help="Comma-separated lm-eval tasks instead of text.")] = None,
 ) -> None:
     """Perplexity, bits per byte, KL and top-1 agreement, as JSON."""
@@ -166,10 +187,10 @@ def export(
 ) -> None:
     """Write the packed model, read it back and prove it equal; a file that fails is kept as `.rejected`."""
     from fewbits.export import export_verified
-    from fewbits.recipe import Recipe
+    from fewbits.run_folder import read_recipe
     from fewbits.verify import record
 
-    name = target or Recipe.load(run_folder / "recipe.yaml").target
+    name = target or read_recipe(run_folder).target
     where, report = export_verified(run_folder, name, output, overwrite=overwrite)
     if output is None:
         record(run_folder, report)
@@ -186,6 +207,7 @@ def verify(
     engines: Annotated[bool, typer.Option(help="Ask the engines that are installed.")] = True,
 ) -> None:
     """Reload exports and compare: codes and scales bit for bit, logits of the engine itself; status 1 if unequal."""
+    from fewbits.checkpoint import find_prepared
     from fewbits.targets import folder_name
     from fewbits.verify import ROW_HEADER, record
     from fewbits.verify import verify as verify_export
@@ -193,6 +215,7 @@ def verify(
     folders = [folder] if folder is not None else sorted(p for p in (reference / "export").glob("*") if p.is_dir())
     folders = [p for p in folders if folder is not None or not p.name.endswith(".rejected")]
     if not folders:
+        find_prepared(reference)  # which says what is wrong with a folder that is no run
         raise ValueError(f"{reference} has no export; run: fewbits export {reference} --target hf")
     reports = []
     for path in folders:

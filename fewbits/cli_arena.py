@@ -13,6 +13,13 @@ from rich.table import Table
 arena_app = typer.Typer()
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"learning rates {text!r} are not numbers separated by commas, e.g. 2e-4,6e-4") from None
+
+
 def _table(header: tuple[str, ...], rows: list[list[str]], title: str, *, numbers: bool = True) -> Table:
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
@@ -62,7 +69,7 @@ def arena(
             methods=choose_methods(methods, METHODS),
             budget=budget,
             seeds=seeds,
-            learning_rates=tuple(float(part) for part in learning_rates.split(",")),
+            learning_rates=_rates(learning_rates),
             tuning_seeds=tuning_seeds,
             text=None if text is None else str(text),
             eval_tokens=eval_tokens,

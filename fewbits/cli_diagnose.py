@@ -34,7 +34,9 @@ def diagnose(
             "--output", "-o", help="Folder of JSON, figures, page and stages (default: diagnosis, in RUN if given)."
         ),
     ] = None,
-    budget: Annotated[float | None, typer.Option(help="Propose a mixed recipe of so many bits per weight.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=1.0, help="Propose a mixed recipe of so many bits per weight.")
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="A finished run that was trained from MODEL.")] = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also fine-tune MODEL in full precision like RUN, round it, and compare.")

@@ -33,15 +33,15 @@ def _load(model: str, activations: ActivationKind) -> tuple[Any, Any]:
     return loaded, tokenizer
 
 
-def _stream(model: Any, tokenizer: Any, prompt: str, **options: Any) -> str:
+def _stream(model: Any, tokenizer: Any, prompt: str, *, echo: str = "", **options: Any) -> str:
     from fewbits.runtime.generate import generate_stream
 
-    pieces = []
+    pieces: list[str] = []
     for piece in generate_stream(model, tokenizer, prompt, **options):
-        sys.stdout.write(piece)
+        sys.stdout.write(piece if pieces else echo + piece)
         sys.stdout.flush()
         pieces.append(piece)
-    sys.stdout.write("\n")
+    sys.stdout.write("\n" if pieces else f"{echo}\n")
     return "".join(pieces)
 
 
@@ -57,8 +57,8 @@ def generate(
 ) -> None:
     """Continue a prompt from packed memory, token by token (full-precision checkpoints run as they are)."""
     loaded, tokenizer = _load(model, activations)
-    sys.stdout.write(prompt)
-    _stream(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    _stream(loaded, tokenizer, prompt, echo=prompt, **options)
 
 
 @runtime_app.command(epilog="Example: `fewbits chat runs/smollm2 --temperature 0.7`")

@@ -97,7 +97,9 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         if not ours:
             raise ValueError(f"{folder} exists and was not written by fewbits, so it is never replaced; choose another")
         if not overwrite:
-            raise ValueError(f"{folder} exists already; pass overwrite=True to replace it, or choose another folder")
+            raise ValueError(
+                f"{folder} exists already; pass overwrite=True (--overwrite) to replace it, or choose another folder"
+            )
     partial, old = _partial(folder), _partial(folder)
     try:
         with _os_errors(folder):
@@ -120,6 +122,47 @@ def atomic_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         shutil.rmtree(partial, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(folder: str | Path) -> None:
+    """Refuse, before any work is done for it, a folder that could not be made or written.
+
+    Raises:
+        ValueError: naming what stands in the way, a file or a folder without permission.
+    """
+    folder = Path(folder)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, and {folder} is to be a folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no permission in {there}; choose another folder")
+
+
+@contextmanager
+def begun(folder: str | Path, marker: str) -> Iterator[None]:
+    """A block that begins a folder: if it raises an error, what it put there is removed again.
+
+    A folder that held the marker before was begun earlier and keeps all. An interrupt is no error: what it leaves can
+    be resumed.
+
+    Args:
+        folder: to begin; made if it is missing.
+        marker: name of the file that says that the folder was begun.
+    """
+    folder = Path(folder)
+    check_place(folder)
+    before = set(folder.iterdir()) if folder.exists() else None
+    known = (folder / marker).exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception:
+        if not known:
+            for path in set(folder.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None:
+                folder.rmdir()
+        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

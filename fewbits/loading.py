@@ -11,17 +11,29 @@ from torch import nn
 from fewbits.checkpoint import is_prepared_folder, load_model, load_prepared, load_tokenizer
 from fewbits.corpora import embedded_model_path, embedded_texts
 from fewbits.data import TokenBlocks, pack_dataset, pack_texts, read_texts, sample_teacher
+from fewbits.naming import did_you_mean
 from fewbits.recipe import DataSpec
 from fewbits.run_folder import RECIPE_FILE
 from fewbits.smollm2 import smollm2_path
 from fewbits.traces import pack_traces, read_traces
 
+NAMES = ("embedded", "smollm2")
+"""Models that come from packages."""
+
 
 def model_source(name: str) -> str:
-    """The folder or hub id behind a recipe's ``model``: ``embedded`` and ``smollm2`` come from packages."""
+    """The folder or hub id behind a recipe's ``model``: ``embedded`` and ``smollm2`` come from packages.
+
+    Raises:
+        ValueError: for a misspelled ``embedded`` or ``smollm2``, which the hub does not know either.
+    """
     if name == "embedded":
         return str(embedded_model_path())
-    return str(smollm2_path()) if name == "smollm2" else name
+    if name == "smollm2":
+        return str(smollm2_path())
+    if not Path(name).exists() and (near := did_you_mean(name, NAMES, cutoff=0.8)):
+        raise ValueError(f"model {name!r} is neither a folder nor a name that comes with a package; {near.strip()}")
+    return name
 
 
 def load_blocks(data: DataSpec, tokenizer: Any, teacher: nn.Module, seed: int) -> tuple[TokenBlocks, TokenBlocks]:
@@ -76,7 +88,10 @@ def load_any(source: str | Path) -> tuple[nn.Module, Any]:
 def quiet_libraries() -> None:
     """Progress bars and warnings of the libraries below off; the command line prints its own."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as hf_logging
+
+    hub_logging.set_verbosity_error()
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -28,7 +28,7 @@ from fewbits.loading import load_any, load_blocks, model_source, quiet_libraries
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
 from fewbits.recipe import Recipe
-from fewbits.run_folder import EVAL_FILE, RECIPE_FILE, open_folder, read_scores, write_scores
+from fewbits.run_folder import EVAL_FILE, RECIPE_FILE, begin_folder, check_folder, read_scores, write_scores
 from fewbits.targets import get_target
 from fewbits.targets.base import check_activations
 from fewbits.teacher_logits import Dtype, LogitsManifest, TeacherLogits, is_teacher_logits, write_teacher_logits
@@ -182,7 +182,7 @@ def run(
     """
     folder = Path(folder)
     check_options(recipe.init, recipe.init_options)
-    checkpoint = open_folder(recipe, folder, resume=resume, overwrite=overwrite)
+    checkpoint = check_folder(recipe, folder, resume=resume, overwrite=overwrite)
     source = model_source(recipe.model)
     model = load_model(source, trust_remote_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=recipe.trust_remote_code)
@@ -193,29 +193,30 @@ def run(
     else:
         teacher = load_model(model_source(recipe.teacher), trust_remote_code=recipe.trust_remote_code)
     train, valid = load_blocks(recipe.data, tokenizer, teacher, recipe.seed)
-    scores = _start(recipe, folder, model, teacher, train, valid)
-    freeze_(model, recipe.train.freeze)
-    if recipe.train.max_steps == 0:
-        save_prepared(model, tokenizer, folder / "model")
-        return RunResult(folder, model, tokenizer, scores)
-    train, best = hold_out_best(recipe, train)
-    watch = None if recipe.train.window_interval is None else WindowsCallback(recipe.train.window_interval)
-    blocks: Any = train
-    if cache is not None:
-        vocab = int(model.get_output_embeddings().weight.shape[0])
-        blocks = cache.attach(train, vocab_size=vocab, temperature=recipe.objective.temperature)
-    use_cache = model.config.use_cache
-    trainer = QATTrainer(
-        model,
-        training_arguments(recipe, folder, quiet=quiet),
-        teacher=None if cache is not None else teacher,
-        settings=training_settings(recipe),
-        best_blocks=best,
-        train_dataset=blocks,
-        callbacks=[*callbacks, *([] if watch is None else [watch])],
-    )
-    if quiet:
-        trainer.remove_callback(PrinterCallback)
+    with begin_folder(recipe, folder, overwrite=overwrite):
+        scores = _start(recipe, folder, model, teacher, train, valid)
+        freeze_(model, recipe.train.freeze)
+        if recipe.train.max_steps == 0:
+            save_prepared(model, tokenizer, folder / "model")
+            return RunResult(folder, model, tokenizer, scores)
+        train, best = hold_out_best(recipe, train)
+        watch = None if recipe.train.window_interval is None else WindowsCallback(recipe.train.window_interval)
+        blocks: Any = train
+        if cache is not None:
+            vocab = int(model.get_output_embeddings().weight.shape[0])
+            blocks = cache.attach(train, vocab_size=vocab, temperature=recipe.objective.temperature)
+        use_cache = model.config.use_cache
+        trainer = QATTrainer(
+            model,
+            training_arguments(recipe, folder, quiet=quiet),
+            teacher=None if cache is not None else teacher,
+            settings=training_settings(recipe),
+            best_blocks=best,
+            train_dataset=blocks,
+            callbacks=[*callbacks, *([] if watch is None else [watch])],
+        )
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     model.config.use_cache = use_cache  # the Trainer turns it off, and generation from the saved model would be slow
     if watch is not None:
@@ -286,6 +287,7 @@ def ptq_recipe(
         >>> ptq_recipe("embedded", "gptq", "W2A16G64", options=["damping=0.05"]).init_options
         {'damping': 0.05}
     """
+    check_options(method, {})
     data = {"source": "embedded"} if text is None else {"source": "text", "path": str(text)}
     fields: dict[str, Any] = {"model": model, "target": target, "rules": [{"scheme": scheme}], "data": data}
     fields |= {"init": method, "train": {"max_steps": 0}}

@@ -88,7 +88,9 @@ def from_pretrained(path: str | Path, **options: Any) -> tuple[Any, dict[str, An
         raise
     except Exception as error:  # a damaged config.json makes any part of a model's code fail in its own way
         detail = _shape_mismatch(path) if isinstance(path, Path) and isinstance(error, RuntimeError) else None
-        raise ValueError(f"cannot load {path}: {detail or str(error).strip()[:400]}") from error
+        fix = "" if isinstance(path, Path) else "; to use no hub, give a local folder, 'embedded' or 'smollm2'"
+        text = detail or " ".join(str(error).split())[:400].rstrip(".")
+        raise ValueError(f"cannot load {path}: {text}{fix}") from error
     model, info = loaded
     return model, info
 

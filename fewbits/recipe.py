@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers.trainer_utils import SchedulerType
 
 from fewbits.convert import Rule
 from fewbits.naming import did_you_mean
@@ -180,6 +181,10 @@ class TrainSpec(_Part):
         for name in (self.optim, self.rest_optim):
             if name is not None:
                 check_optimizer_name(name)
+        schedules = [str(member.value) for member in SchedulerType]
+        if self.lr_scheduler_type not in schedules:
+            near = did_you_mean(self.lr_scheduler_type, schedules)
+            raise ValueError(f"lr_scheduler_type={self.lr_scheduler_type!r} is unknown; {near}use one of {schedules}")
         if is_schedule_free(self.optim) and self.ema_decay is not None:
             raise ValueError(f"train.ema_decay with train.optim={self.optim!r}, which ships an average already")
         if is_schedule_free(self.optim) and self.lr_scheduler_type != "constant":
@@ -280,7 +285,7 @@ class Recipe(_Part):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+            raise ValueError(explain(error)) from None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -352,12 +357,13 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """What is wrong with a recipe, or another value that pydantic checks, one line a fault."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and error.title == Recipe.__name__:
             message = _unknown_key(where)
         elif problem["type"] == "literal_error":
             near = did_you_mean(problem["input"], re.findall("'([^']+)'", problem["ctx"]["expected"]))

@@ -12,7 +12,7 @@ from fewbits import plots
 from fewbits.evaluate import EvalResult
 from fewbits.io import read_json_object, write_text
 from fewbits.pipeline import EVAL_FILE, RECIPE_FILE, read_scores
-from fewbits.recipe import Recipe
+from fewbits.run_folder import read_recipe
 from fewbits.training.metrics import read_metrics
 from fewbits.training.windows import WINDOWS_FILE
 from fewbits.verify import ROW_HEADER, VerifyReport
@@ -174,15 +174,14 @@ def write_report(folder: str | Path) -> Path:
         ValueError: if the folder is not a run, or its files are damaged.
     """
     folder = Path(folder)
-    if not (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} holds no {RECIPE_FILE}; it is not a run folder")
+    recipe = read_recipe(folder)
     scores = read_scores(folder / EVAL_FILE)
     sections = {"Scores": html_table(SCORE_HEADER, score_rows(scores))}
     sections["Perplexity"] = figure(
         plots.bars({k: [v.perplexity] for k, v in scores.items()}, y_label="perplexity", log_y=True),
         f"On {next(iter(scores.values())).num_tokens} held-out tokens.",
     )
-    if Recipe.load(folder / RECIPE_FILE).train.max_steps > 0:
+    if recipe.train.max_steps > 0:
         sections |= training_figures({"run": folder}) | windows_section(folder)
     verdicts = [VerifyReport(**read_json_object(path)) for path in sorted(folder.glob("export/*/verify.json"))]
     if verdicts:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import fewbits
 from fewbits.cli import app
 from fewbits.testing.tiny import tiny_llama, toy_text
 
@@ -104,7 +105,28 @@ def test_recipes_are_listed_and_printed() -> None:
         (["train", "demo-jacquant", "train.max_step=3"], "unknown key; did you mean max_steps"),
         (["train", "demo-jacquant", "model=/nowhere/at/all"], "nowhere"),
         (["export", "nowhere"], "nowhere"),
-        (["verify", "nowhere"], "has no export"),
+        (["export", "."], "holds no recipe.yaml; it is not a run folder"),
+        (["verify", "nowhere"], "the folder nowhere does not exist"),
+        (["verify", "."], "is neither a run folder nor a prepared model"),
+        (["inspect", "embeded"], "did you mean embedded?"),
+        (["ptq", "embedded", "--method", "gptqq"], "unknown PTQ method 'gptqq'; did you mean gptq?"),
+        (["ptq", "embedded", "damping=abc"], "option damping='abc' of 'gptq' must be a number, such as 0.01"),
+        (["train", "W2A8G64", "init_options.num_blocks=2.5"], "must be a whole number, such as 64"),
+        (
+            ["train", "W2G64", "train.lr_scheduler_type=cosin"],
+            "lr_scheduler_type='cosin' is unknown; did you mean cosine",
+        ),
+        (["train", "W2G64", "model=embeded"], "did you mean embedded?"),
+        (["train", "W2G64", "init=rtn", "rules.0.pattern=nope"], "rule 'nope' chooses no layer"),
+        (["train", "W2G64", "init=rtn", "train.freeze=[nope]"], "matches no parameter"),
+        (["train", "W2G64", "-o", "some.txt"], "some.txt is a file, and some.txt is to be a folder"),
+        (["arena", "--schemes", "W2A8"], "error: scheme 'W2A8' is not of the form"),
+        (["arena", "--budget", "tokens=abc"], "error: budget 'tokens=abc' is not of the form"),
+        (["arena", "--methods", "qest"], "did you mean quest?"),
+        (["arena", "--learning-rates", "x"], "learning rates 'x' are not numbers separated by commas, e.g. 2e-4,6e-4"),
+        (["arena", "--model", "/nowhere", "--methods", "rtn", "--schemes", "W2"], "the folder /nowhere does not exist"),
+        (["arena", "-o", "some.txt", "--methods", "rtn"], "some.txt is a file, and some.txt is to be a folder"),
+        (["generate", "embedded", "--prompt", "x", "--top-p", "2"], "error: top_p=2.0 is outside (0, 1]"),
         (["report", "nowhere"], "not a run folder"),
         (["inspect", "embedded", "--scheme", "W9"], "not of the form"),
         (["demo", "--model", "gpt5"], "unknown; use 'embedded' or 'smollm2'"),
@@ -115,10 +137,24 @@ def test_errors_are_one_line_with_status_one(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("some.txt").write_text("mine")
     result = call(*arguments)
     assert result.exit_code == 1
+    left = [path for path in tmp_path.rglob("*") if path.is_file() or path.name != "runs"]
+    assert left == [tmp_path / "some.txt"], "nothing is left behind, so that the mended command starts afresh"
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_failed_overwrite_keeps_the_earlier_run(finished: Path) -> None:
+    files = {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*") if path.is_file()}
+    result = call("train", finished / "r.yaml", "-o", finished / "run", "--overwrite", "model=/nowhere")
+    assert result.exit_code == 1
+    assert {path: path.stat().st_mtime_ns for path in (finished / "run").rglob("*") if path.is_file()} == files
+
+
+def test_version() -> None:
+    assert call("--version").output.strip() == f"fewbits {fewbits.__version__}"
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

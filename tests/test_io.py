@@ -14,6 +14,8 @@ from fewbits.io import (
     EXPORT_FILE,
     atomic_file,
     atomic_folder,
+    begun,
+    check_place,
     is_occupied,
     read_json,
     read_json_object,
@@ -264,3 +266,40 @@ def test_folders_without_usable_weights(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pickle only \(pytorch_model\.bin\).*use_safetensors=False"):
         weight_files(tmp_path)
+
+
+def test_a_folder_that_fails_to_begin_is_as_it_was(tmp_path: Path) -> None:
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    (old / "mine").write_text("1")
+    for folder in (new, old):
+        with pytest.raises(ValueError, match="wrong"), begun(folder, "marker"):
+            (folder / "marker").write_text("2")
+            (folder / "deep").mkdir()
+            (folder / "deep" / "file").write_text("3")
+            raise ValueError("wrong")
+    assert not new.exists()
+    assert [path.name for path in old.iterdir()] == ["mine"]
+
+
+def test_what_was_begun_earlier_or_interrupted_stays(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), begun(tmp_path, "marker"):
+        (tmp_path / "marker").write_text("1")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="wrong"), begun(tmp_path, "marker"):
+        (tmp_path / "more").write_text("2")
+        raise ValueError("wrong")
+    assert {path.name for path in tmp_path.iterdir()} == {"marker", "more"}
+
+
+def test_places_that_cannot_be_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.write_text("1")
+    check_place(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == [file]
+    for path in (file, file / "below" / "it"):
+        with pytest.raises(ValueError, match="is a file, and .* is to be a folder; choose another"):
+            check_place(path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written: no permission in .*; choose another folder"):
+        check_place(tmp_path / "a" / "b")

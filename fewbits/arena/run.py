@@ -19,7 +19,7 @@ from fewbits.arena.cells import CELLS_FOLDER, Cell, CellResult, finished_cell, n
 from fewbits.arena.execute import run_cell
 from fewbits.arena.settings import ArenaSettings
 from fewbits.arena.shared import Start, prepare_shared
-from fewbits.io import read_json_object, write_json
+from fewbits.io import begun, read_json_object, write_json
 from fewbits.pipeline import quiet_libraries
 
 SETTINGS_FILE = "arena.json"
@@ -105,8 +105,9 @@ def run_arena(
     if jobs < 0:
         raise ValueError(f"jobs={jobs} must be at least 0; 0 uses this process")
     folder = Path(folder)
-    open_folder(settings, folder)
-    start = prepare_shared(settings, folder)
+    with begun(folder, SETTINGS_FILE):
+        open_folder(settings, folder)
+        start = prepare_shared(settings, folder)
     results = finished_cells(settings, folder, start)
     failed: dict[Cell, str] = {}
     with _progress(settings, results, console) as done:

@@ -28,8 +28,9 @@ from fewbits.diagnose.trajectory import TRAJECTORY_FOLDER, Trajectory, read_traj
 from fewbits.diagnose.words import FREE
 from fewbits.geometry import difference, norm
 from fewbits.geometry.directions import Vector
-from fewbits.pipeline import RECIPE_FILE, load_blocks, model_source
+from fewbits.pipeline import load_blocks, model_source
 from fewbits.recipe import Recipe
+from fewbits.run_folder import read_recipe
 from fewbits.scheme import Scheme
 
 Say = Callable[[str], None]
@@ -76,9 +77,7 @@ def open_run(folder: str | Path, model: nn.Module, tokenizer: Any, *, control: b
     folder = Path(folder)
     recipe = text = None
     if control:
-        if not (folder / RECIPE_FILE).exists():
-            raise ValueError(f"{folder} holds no {RECIPE_FILE}; the control arm needs the recipe of the run")
-        recipe = Recipe.load(folder / RECIPE_FILE)
+        recipe = read_recipe(folder)
         text, _ = load_blocks(recipe.data, tokenizer, model, recipe.seed)
     return Trained(
         model=load_prepared(find_prepared(folder))[0],

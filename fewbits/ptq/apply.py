@@ -105,12 +105,21 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     """Refuse what a method does not take.
 
     Raises:
-        ValueError: for an unknown method or option, with the known ones.
+        ValueError: for an unknown method or option, with the known ones, or a value of another type than the default's.
     """
     known = options_of(method)
     if unknown := sorted(set(options) - set(known)):
         near = did_you_mean(unknown[0], known)
         raise ValueError(f"method {method!r} has no option {unknown[0]!r}; {near}it takes {', '.join(known)}")
+    defaults: dict[str, Any] = {"num_blocks": 64, "batch_size": 8, "seed": 0}
+    for function in _METHODS[method].functions:
+        defaults |= {key: p.default for key, p in inspect.signature(function).parameters.items()}
+    for key, value in options.items():
+        kind = type(defaults.get(key))
+        taken = (int, float) if kind is float else (kind,)
+        if kind in (bool, int, float) and (not isinstance(value, taken) or isinstance(value, bool) != (kind is bool)):
+            words = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+            raise ValueError(f"option {key}={value!r} of {method!r} must be {words}, such as {defaults[key]!r}")
 
 
 def apply_ptq(
