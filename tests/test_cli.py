@@ -114,11 +114,14 @@ def test_recipes_are_listed_and_printed() -> None:
         (["train", "W2A8G64", "init_options.num_blocks=2.5"], "must be a whole number, such as 64"),
         (
             ["train", "W2G64", "train.lr_scheduler_type=cosin"],
-            "lr_scheduler_type='cosin' is unknown; did you mean cosine",
+            "'cosin' is unknown; did you mean cosine",
         ),
         (["train", "W2G64", "model=embeded"], "did you mean embedded?"),
         (["train", "W2G64", "init=rtn", "rules.0.pattern=nope"], "rule 'nope' chooses no layer"),
-        (["train", "W2G64", "init=rtn", "train.freeze=[nope]"], "matches no parameter"),
+        (
+            ["train", "W2G64", "init=rtn", "train.freeze=[nope]", "data.eval_tokens=2", "data.block_size=2"],
+            "matches no parameter",
+        ),
         (["train", "W2G64", "-o", "some.txt"], "some.txt is a file, and some.txt is to be a folder"),
         (["arena", "--schemes", "W2A8"], "error: scheme 'W2A8' is not of the form"),
         (["arena", "--budget", "tokens=abc"], "error: budget 'tokens=abc' is not of the form"),

@@ -268,38 +268,41 @@ def test_folders_without_usable_weights(tmp_path: Path) -> None:
         weight_files(tmp_path)
 
 
+def begin(folder: Path, files: list[str], error: BaseException) -> None:
+    with begun(folder, "marker"):
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("1")
+        raise error
+
+
 def test_a_folder_that_fails_to_begin_is_as_it_was(tmp_path: Path) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
     old.mkdir()
     (old / "mine").write_text("1")
     for folder in (new, old):
-        with pytest.raises(ValueError, match="wrong"), begun(folder, "marker"):
-            (folder / "marker").write_text("2")
-            (folder / "deep").mkdir()
-            (folder / "deep" / "file").write_text("3")
-            raise ValueError("wrong")
+        with pytest.raises(ValueError, match="wrong"):
+            begin(folder, ["marker", "deep/file"], ValueError("wrong"))
     assert not new.exists()
-    assert [path.name for path in old.iterdir()] == ["mine"]
+    assert names(old) == ["mine"]
 
 
 def test_what_was_begun_earlier_or_interrupted_stays(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), begun(tmp_path, "marker"):
-        (tmp_path / "marker").write_text("1")
-        raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="wrong"), begun(tmp_path, "marker"):
-        (tmp_path / "more").write_text("2")
-        raise ValueError("wrong")
-    assert {path.name for path in tmp_path.iterdir()} == {"marker", "more"}
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path, ["marker"], KeyboardInterrupt())
+    with pytest.raises(ValueError, match="wrong"):
+        begin(tmp_path, ["more"], ValueError("wrong"))
+    assert names(tmp_path) == ["marker", "more"]
 
 
 def test_places_that_cannot_be_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("1")
     check_place(tmp_path / "a" / "b")
-    assert list(tmp_path.iterdir()) == [file]
+    assert names(tmp_path) == ["file"]
     for path in (file, file / "below" / "it"):
-        with pytest.raises(ValueError, match="is a file, and .* is to be a folder; choose another"):
+        with pytest.raises(ValueError, match=r"is a file, and .* is to be a folder; choose another"):
             check_place(path)
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="cannot be written: no permission in .*; choose another folder"):
+    with pytest.raises(ValueError, match=r"cannot be written: no permission in .*; choose another folder"):
         check_place(tmp_path / "a" / "b")
