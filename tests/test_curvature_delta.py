@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from fewbits.scheme import Scheme
 from fewbits.surrogates import EWGS, HessianSchedule, surrogate_from_dict
 from fewbits.testing.contracts import check_surrogate
 from fewbits.testing.tiny import tiny_llama, toy_blocks
+from fewbits.testing.training import tiny_trainer
 from fewbits.training import CurvatureRefresh, QATCallback, QATSettings, QATTrainer
 from fewbits.training.curvature import at_quantized_weights, measure_curvature
 from fewbits.training.metrics import read_metrics
@@ -166,17 +166,9 @@ SCHEDULED = {"name": "ewgs", "hessian": {"interval": 2, "num_probes": 1, "num_ba
 
 
 def trainer(folder: Path, surrogate: Any, **more: Any) -> QATTrainer:
-    model = tiny_llama()
-    teacher = copy.deepcopy(model)
-    prepare(model, Rule(scheme="W2A16G32", surrogate=surrogate))
-    options: dict[str, Any] = {
-        "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_strategy": "steps",
-        "save_steps": 3, "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }  # fmt: skip
-    data = TokenBlocks(toy_blocks(16, 16).numpy().astype(np.int32), 1.0)
-    args = TrainingArguments(output_dir=str(folder), **{**options, **more})
-    return QATTrainer(model, args, teacher=teacher, settings=QATSettings(telemetry_interval=100), train_dataset=data)
+    return tiny_trainer(
+        folder, Rule(scheme="W2A16G32", surrogate=surrogate), QATSettings(telemetry_interval=100), **more
+    )
 
 
 def deltas(model: Any) -> dict[str, float]:

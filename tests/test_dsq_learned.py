@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from fewbits import Rule, prepare
 from fewbits.checkpoint import load_prepared, save_prepared
 from fewbits.convert import owned_layers
-from fewbits.data import TokenBlocks
 from fewbits.fake_quant import fake_quantize
 from fewbits.grids import AnyGrid, Binary, Codebook, HalfShifted, Int, Ternary
 from fewbits.optim import parameter_groups
@@ -25,6 +22,7 @@ from fewbits.surrogates import DSQ, surrogate_from_dict
 from fewbits.surrogates.dsq import ALPHA_RANGE, sharpness
 from fewbits.testing.contracts import check_surrogate
 from fewbits.testing.tiny import tiny_llama, toy_blocks
+from fewbits.testing.training import tiny_trainer
 from fewbits.training import QATSettings, QATTrainer
 from fewbits.training.metrics import read_metrics
 
@@ -116,18 +114,8 @@ LEARNED = {"name": "dsq", "learned": True}
 
 
 def trainer(folder: Path, rule: dict[str, Any], **more: Any) -> QATTrainer:
-    model = tiny_llama()
-    teacher = copy.deepcopy(model)
-    prepare(model, Rule(**rule))
-    options: dict[str, Any] = {
-        "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_strategy": "steps",
-        "save_steps": 2, "logging_steps": 1, "report_to": [], "disable_tqdm": True, "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }  # fmt: skip
-    data = TokenBlocks(toy_blocks(16, 16).numpy().astype(np.int32), 1.0)
-    args = TrainingArguments(output_dir=str(folder), **{**options, **more})
     settings = QATSettings(telemetry_interval=2, scale_learning_rate=1e-2)
-    return QATTrainer(model, args, teacher=teacher, settings=settings, train_dataset=data)
+    return tiny_trainer(folder, Rule(**rule), settings, **{"max_steps": 4, "save_steps": 2, **more})
 
 
 def alphas(model: Any) -> dict[str, float]:
