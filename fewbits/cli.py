@@ -131,7 +131,9 @@ def train(
 def ptq(
     model: Annotated[str, typer.Argument(help="'embedded', 'smollm2', a local folder or a hub id.")],
     options: Annotated[list[str] | None, typer.Argument(help="key=value options of the method.")] = None,
-    method: Annotated[str, typer.Option(help="rtn, gptq, adaround, awq, hqq, lapq, signround or block_ap.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="rtn, gptq, adaround, awq, hqq, kmeans, lapq, signround or block_ap.")
+    ] = "gptq",
     scheme: Annotated[str, typer.Option(help="Bits and groups, e.g. W2A16G64 or W2A8G64.")] = "W2A16G64",
     output: Annotated[Path, typer.Option("--output", "-o", help="The run folder.")] = Path("runs/ptq"),
     text: Annotated[

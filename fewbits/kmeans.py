@@ -10,6 +10,7 @@ Reference: 1-Bit Wonder, arXiv:2602.15563.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fewbits.grids import MAX_BITS, Codebook
 from fewbits.scales import ScaleSpec, block_size, stored_scale
+from fewbits.scheme import Scheme
 
 FIRST_SAMPLE = 2**16
 """Values in the sample that seeds the levels; it then doubles until it holds all."""
@@ -199,7 +201,13 @@ def block_scale(w: Tensor, spec: ScaleSpec) -> Tensor:
 
 
 def fit_codebook(
-    w: Tensor, num_levels: int, spec: ScaleSpec, *, weights: Tensor | None = None, seed: int = 0
+    w: Tensor,
+    num_levels: int,
+    spec: ScaleSpec,
+    *,
+    scale: Tensor | None = None,
+    weights: Tensor | None = None,
+    seed: int = 0,
 ) -> Codebook:
     r"""One codebook for a weight: k-means on :math:`w / s` with the blocks' scales s as they are stored.
 
@@ -207,6 +215,7 @@ def fit_codebook(
         w: ``(out_features, in_features)`` in the basis in which it is rounded (after the rotation, if there is one).
         num_levels: K, 2 to 256.
         spec: granularity, rule (see :func:`block_scale`) and stored dtype of the scales.
+        scale: raw scales ``(R, G)`` in place of the sizes of the blocks.
         weights: of the entries, same shape, >= 0. The error is measured in units of the scale; to minimise the error of
             the weight itself, pass the squared scale of every weight (times the Fisher information, if any).
         seed: of the sample and the seeds; the result depends on nothing else.
@@ -226,8 +235,51 @@ def fit_codebook(
         >>> bool((q.dequantize() - w).square().mean() < 0.2)
         True
     """
-    scale = spec.view(w.shape).expand(stored_scale(block_scale(w, spec), spec))
-    levels = kmeans_levels(w.detach().float() / scale, num_levels, weights=weights, seed=seed).float().tolist()
+    raw = block_scale(w, spec) if scale is None else scale
+    stored = spec.view(w.shape).expand(stored_scale(raw, spec))
+    levels = kmeans_levels(w.detach().float() / stored, num_levels, weights=weights, seed=seed).float().tolist()
     if any(a >= b for a, b in itertools.pairwise(levels)):
         raise ValueError(f"two of {num_levels} levels fall on the same fp32 number; use fewer levels")
     return Codebook(tuple(levels))
+
+
+def require_codebook(scheme: Scheme, name: str = "the scheme") -> None:
+    """Refuse a grid whose levels nothing can fit.
+
+    Args:
+        scheme: of a weight.
+        name: whose, for the message.
+
+    Raises:
+        ValueError: for a grid that is no codebook.
+
+    Example:
+        >>> require_codebook(Scheme.parse("W2KG64"))
+    """
+    if not isinstance(scheme.grid, Codebook):
+        raise ValueError(
+            f"{name} {scheme.name} has the {scheme.grid.kind} grid, of fixed levels, and k-means fits a codebook: "
+            "use the letter K, such as W2KG64"
+        )
+
+
+def codebook_spelling(text: str) -> str:
+    """A scheme's text with a codebook of as many bits in place of its plain grid.
+
+    Args:
+        text: such as ``W2A16G64``; one with the letter K, or one that is no scheme, comes back as it is.
+
+    Raises:
+        ValueError: for ternary (three levels take 2 bits in a codebook) and half-shifted grids.
+
+    Example:
+        >>> codebook_spelling("W2A16G64"), codebook_spelling("W1"), codebook_spelling("W4A8KV4G32")
+        ('W2KA16G64', 'W1K', 'W4KA8KV4G32')
+    """
+    match = re.match(r"W(1\.58|[1-8])(H?)(?![HK.\d])", text.strip())
+    if match is None:
+        return text
+    if match[1] == "1.58" or match[2]:
+        what = "a codebook of three levels takes 2 bits" if match[1] == "1.58" else "k-means finds levels of its own"
+        raise ValueError(f"scheme {text!r} has a fixed grid and {what}; use W{match[1][0] if match[2] else 2}K..")
+    return f"W{match[1]}K{text.strip()[match.end() :]}"

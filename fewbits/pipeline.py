@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +23,9 @@ from fewbits.convert import matches, owned_layers, prepare, select_layers
 from fewbits.corpora import embedded_texts
 from fewbits.data import TokenBlocks, pack_texts, read_texts
 from fewbits.evaluate import EvalResult, evaluate
+from fewbits.grids import Codebook
 from fewbits.io import write_json, write_text
+from fewbits.kmeans import codebook_spelling
 from fewbits.loading import load_any, load_blocks, model_source, quiet_libraries
 from fewbits.ptq import apply_ptq, check_options
 from fewbits.ptq.calibration import to_batches
@@ -91,8 +93,11 @@ def check_target(model: nn.Module, recipe: Recipe) -> None:
         assert isinstance(weight, torch.Tensor)
         rows, columns = weight.shape
         shape = (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
-        if reason := target.holds(rule.scheme, shape):
-            raise ValueError(f"target {recipe.target!r} cannot hold {name} ({rule.scheme.name}) without loss: {reason}")
+        scheme = rule.scheme
+        if isinstance(scheme.grid, Codebook) and (recipe.init == "kmeans" or recipe.codebooks is not None):
+            scheme = replace(scheme, grid=Codebook.lloyd_max(len(scheme.grid.levels)))  # fitted ones are as irregular
+        if reason := target.holds(scheme, shape):
+            raise ValueError(f"target {recipe.target!r} cannot hold {name} ({scheme.name}) without loss: {reason}")
 
 
 def freeze_(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -275,7 +280,8 @@ def ptq_recipe(
     Args:
         model: as in a recipe.
         method: a method of :mod:`fewbits.ptq`.
-        scheme: of every linear layer but the output head.
+        scheme: of every linear layer but the output head; for ``kmeans`` the grid of ``W2A16G64`` is a codebook of as
+            many bits, which :func:`fewbits.kmeans.codebook_spelling` writes ``W2KA16G64``.
         text: file or folder to calibrate on, whose last part is held out to score; None for the embedded text.
         target: the engine format that must hold the result.
         options: ``key=value`` pairs of the method, such as ``damping=0.05`` or ``num_blocks=128``.
@@ -288,6 +294,7 @@ def ptq_recipe(
         {'damping': 0.05}
     """
     check_options(method, {})
+    scheme = codebook_spelling(scheme) if method == "kmeans" else scheme
     data = {"source": "embedded"} if text is None else {"source": "text", "path": str(text)}
     fields: dict[str, Any] = {"model": model, "target": target, "rules": [{"scheme": scheme}], "data": data}
     fields |= {"init": method, "train": {"max_steps": 0}}

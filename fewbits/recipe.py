@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers.trainer_utils import SchedulerType
 
 from fewbits.convert import Rule
+from fewbits.kmeans import require_codebook
 from fewbits.naming import did_you_mean
 from fewbits.objectives import Objective
 from fewbits.optim import VarianceReduction
@@ -21,7 +22,7 @@ from fewbits.optim.build import check_optimizer_name, is_schedule_free
 from fewbits.optim.codebooks import CodebookFit
 from fewbits.optim.zeroth_order import check_beside_zeroth_order, gradient_from_dict
 
-InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "lapq", "signround", "block_ap"]
+InitMethod = Literal["rtn", "gptq", "adaround", "awq", "hqq", "kmeans", "lapq", "signround", "block_ap"]
 """Post-training methods that can start a run; a test holds it against :data:`fewbits.ptq.METHODS`."""
 
 
@@ -255,14 +256,19 @@ class Recipe(_Part):
         grids = []
         for i, rule in enumerate(self.rules):
             try:
-                grids.append(rule.build().scheme.grid)
+                scheme = rule.build().scheme
+                if self.init == "kmeans":
+                    require_codebook(scheme, "init is kmeans, but")
             except ValueError as error:
                 raise ValueError(f"rules.{i}: {error}") from None
+            grids.append(scheme.grid)
         self.objective.build()
         if self.codebooks is not None:
             self.codebooks.build()
             if not any(isinstance(grid, Codebook) for grid in grids):
                 raise ValueError("codebooks are to be fitted, but no rule has one; use a scheme such as W2KG64")
+            if self.init == "kmeans":
+                raise ValueError("init: kmeans beside codebooks, whose first fit would start anew; drop one of them")
         return self
 
     @classmethod

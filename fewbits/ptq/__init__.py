@@ -14,6 +14,7 @@ from fewbits.ptq.block_ap import block_ap
 from fewbits.ptq.clip import clip_scale
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.hqq import hqq, shrink
+from fewbits.ptq.kmeans import kmeans
 from fewbits.ptq.lapq import LapqTrace, lapq, lp_scale, powell, quadratic_vertex, search_scales
 from fewbits.ptq.rotate import rotation_matrix
 from fewbits.ptq.rtn import rtn
@@ -34,6 +35,7 @@ __all__ = [
     "gptq",
     "hessian_of",
     "hqq",
+    "kmeans",
     "lapq",
     "lp_scale",
     "options_of",

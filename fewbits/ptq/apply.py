@@ -18,6 +18,7 @@ from fewbits.ptq.calibration import Blocks, Calibration, to_batches
 from fewbits.ptq.capture import walk
 from fewbits.ptq.gptq import gptq
 from fewbits.ptq.hqq import hqq
+from fewbits.ptq.kmeans import kmeans
 from fewbits.ptq.plan import Plan, choose
 from fewbits.ptq.rtn import rtn
 from fewbits.ptq.stages import LayerMethod, awq_stage, each_layer, lapq_model, without_data
@@ -54,6 +55,13 @@ _METHODS: dict[str, Method] = {
     "adaround": Method(stage=partial(each_layer, method=adaround), functions=(adaround,), layerwise=True),
     "awq": Method(stage=awq_stage, functions=(awq_stage,)),
     "hqq": Method(data_free=hqq, functions=(hqq,), needs_data=False),
+    "kmeans": Method(
+        stage=partial(each_layer, method=kmeans),
+        data_free=kmeans,
+        functions=(kmeans,),
+        needs_data=False,
+        layerwise=True,
+    ),
     "lapq": Method(after=lapq_model, functions=(lapq_model,)),
     "signround": Method(stage=signround_stage, functions=(signround_stage,), needs_targets=True),
     "block_ap": Method(
@@ -149,7 +157,7 @@ def apply_ptq(
         rules: the first rule that matches a layer wins.
         method: one of :data:`METHODS`.
         blocks: calibration data: token blocks ``(n, length)``, a dataset of ``{"input_ids"}``, or float inputs of a
-            plain module; not needed for ``rtn``.
+            plain module; ``rtn``, ``hqq`` and ``kmeans`` do without.
         ignore: patterns of layers to leave alone; ``["lm_head"]`` if None.
         num_blocks: use only so many of the blocks, spread evenly over all; None for all.
         batch_size: blocks in one forward pass.
@@ -167,7 +175,8 @@ def apply_ptq(
 
     Raises:
         ValueError: as :func:`fewbits.prepare`; for an unknown method or option, missing data, or dynamic scales (which
-            are found anew at every use and cannot hold a method's; only ``rtn`` allows them).
+            are found anew at every use and cannot hold a method's; only ``rtn`` allows them, and ``kmeans`` those that
+            are sizes of blocks).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 8))

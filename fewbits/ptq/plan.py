@@ -12,10 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.activations.kv_cache import choose_kv, quantize_kv_
 from fewbits.activations.module import add_input_quantizer_
 from fewbits.convert import Rule, add_tied_partners_, qat_layers, replace_module_, select_layers, training_layer
+from fewbits.kmeans import require_codebook
 from fewbits.nn import QATLayer
 from fewbits.parametrizations import Tanh
 from fewbits.parametrize import parametrize_
 from fewbits.ptq._base import PTQResult
+from fewbits.scales import GRID_FREE_RULES
 
 
 def choose(
@@ -24,14 +26,17 @@ def choose(
     """The layers that will be quantized, tied ones included, with every check of :func:`fewbits.prepare`.
 
     Raises:
-        ValueError: as :func:`fewbits.prepare`, and for dynamic scales.
+        ValueError: as :func:`fewbits.prepare`, for dynamic scales, and for ``kmeans`` on a grid that is no codebook.
     """
     chosen = select_layers(model, rules, ignore)
     for name, (rule, module) in chosen.items():
         if weight_of(module).is_meta:
             raise ValueError(f"{name}.weight is on the meta device; load the weights first")
         rule.scheme.check_shape(weight_of(module).shape, name=f"{name}.weight")
-        if rule.scheme.scale.mode == "dynamic" and method != "rtn":
+        if method == "kmeans":
+            require_codebook(rule.scheme, name)
+        sizes = method == "kmeans" and rule.scheme.scale.rule in GRID_FREE_RULES  # the method's own scales
+        if rule.scheme.scale.mode == "dynamic" and method != "rtn" and not sizes:
             raise ValueError(
                 f"{name} has dynamic scales, which are found anew at every use and cannot hold those of {method!r}; "
                 "use mode='learned' or 'frozen'"
