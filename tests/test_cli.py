@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import fewbits
 from fewbits.cli import app
+from fewbits.ptq import METHODS as PTQ_METHODS
 from fewbits.testing.tiny import tiny_llama, toy_text
 
 
@@ -163,6 +165,11 @@ def test_version() -> None:
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--debug", "report", str(tmp_path)])
     assert isinstance(result.exception, ValueError)
+
+
+def test_help_of_ptq_names_every_method() -> None:
+    text = call("ptq", "--help").output
+    assert set(PTQ_METHODS) <= set(re.findall(r"\w+", text))
 
 
 def test_help_of_every_command_shows_an_example() -> None:
