@@ -196,7 +196,7 @@ def test_few_methods_are_missing_at_a_scheme() -> None:
     missing = {scheme: {name for name in METHODS if settings.allows(scheme, name)} for scheme in settings.schemes}
     assert missing == {
         "W2G64": {"bitnet"},
-        "W1.58": {"dorefa", "kmeans", "kmeans_literal", "seq_mse", "jacquant_seq"},
+        "W1.58": {"dorefa", "kmeans", "kmeans_literal", "kmeans_ptq", "seq_mse", "jacquant_seq"},
         "W1": {"seq_mse", "jacquant_seq"},
     }
 
